@@ -1,0 +1,50 @@
+"""What a user can cause: one message, one hint, one exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    DONE = 0
+    FAILED = 1
+    WRONG_USE = 2
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: what was expected, what was found, in which file.
+
+    The command line prints it as ``error: MESSAGE`` and ``hint: HINT`` and exits with code 2.
+    A programming error is never a UserError: it keeps its traceback.
+
+    >>> str(UserError("`train.lrr` is not a setting", hint="did you mean `train.lr`?"))
+    '`train.lrr` is not a setting'
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed; the hint names the extra that brings it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the `{extra}` extra", hint=f"pip install 'unetrkit[{extra}]'")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that leads from a wrong name to a right one.
+
+    >>> nearest("swin_untr_tiny", ["unetr", "swin_unetr_tiny"])
+    'did you mean `swin_unetr_tiny`?'
+    >>> nearest("x", ["b", "a"])
+    'known: a, b'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else "known: " + ", ".join(known)
