@@ -1,0 +1,98 @@
+"""Whole files: a reader finds the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unetrkit.errors import UserError
+
+LARGEST_JSON = 256 * 2**20  # bytes; a data list of 100,000 cases is about 30 MB
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Puts `content` at `path`: at any moment, a power cut included, the file is the old one or the new one.
+
+    Raises UserError where the disk is full or the folder cannot be written; the old file stays.
+    """
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(6)}.tmp")
+    with write_problems(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder (a rename, a new file) survive a power cut; nothing to do on Windows."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_problems(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about writing `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = (
+            "free some space there, or choose another folder"
+            if full
+            else "choose a folder that you may write to"
+        )
+        raise UserError(f"cannot write `{path}`: {error.strerror or error}", hint=hint) from error
+
+
+@contextmanager
+def read_problems(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about reading `path` into a UserError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file `{path}`") from error
+    except OSError as error:
+        raise UserError(f"cannot read `{path}`: {error.strerror or error}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises UserError where it cannot be read."""
+    with read_problems(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds. Raises UserError where it is missing, not JSON, not UTF-8, or far too large."""
+    with read_problems(path), open(path, "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise UserError(
+            f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: this is not one of the expected JSON files"
+        )
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{path}` is not JSON: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"`{path}` is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"`{path}` is not usable JSON: it is nested too deeply") from error

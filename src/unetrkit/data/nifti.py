@@ -1,0 +1,231 @@
+"""NIfTI-1, NIfTI-2 and FreeSurfer MGH: nibabel reads the headers, and every compressed byte is checked here.
+
+nibabel stops at the last voxel and never sees the gzip checksum behind it: one flipped byte gave wrong values
+in half of a volume, without an error. Here the stream is read to its end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import nibabel as nib
+import numpy as np
+from nibabel.freesurfer.mghformat import MGHHeader
+from nibabel.nifti1 import Nifti1Extension, Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+
+from unetrkit.data.files import read_problems
+from unetrkit.data.geometry import same_grid
+from unetrkit.data.source import (
+    CHUNK,
+    DEFLATE_LIMIT,
+    SLACK,
+    Header,
+    Source,
+    checked_header,
+    damaged,
+    file_size,
+    gather,
+    inflate,
+    not_an_image,
+)
+from unetrkit.errors import UserError
+
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+AnyHeader = Nifti1Header | Nifti2Header
+LARGEST_OFFSET = 2**26  # bytes of header extensions in front of the voxels
+SILENT = logging.getLogger("unetrkit.nifti")  # nibabel tells its logger what it mends in a header
+SILENT.addHandler(logging.NullHandler())
+SILENT.propagate = False
+
+
+def open_nifti(path: Path) -> Source:
+    """Checks the header of a NIfTI file or pair (`.hdr` with `.img`, either may be named)."""
+    header = template(path)
+    pair = path.suffix.lower() in (".hdr", ".img")
+    data = _sibling(path, ".img") if pair else path
+    single_offset = 544 if isinstance(header, Nifti2Header) else 352
+    offset = float(header["vox_offset"])
+    if not 0 <= offset <= LARGEST_OFFSET:
+        raise UserError(f"`{path}` has a damaged header: its voxels begin at byte {offset:.6g}")
+    # 0 stands for "right behind the header" in files of some writers
+    begin = int(offset) if pair else max(int(offset), single_offset)
+    try:
+        slope, intercept = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise UserError(f"`{path}` has a damaged header: {error}") from error
+    checked = checked_header(path, _dims(path, header), header.get_data_dtype(), *_affine(path, header))
+    scale = (1.0, 0.0) if slope is None else (slope, intercept)
+    return _source(data, checked, begin, *scale)
+
+
+def open_mgh(path: Path) -> Source:
+    """Checks the header of a FreeSurfer volume, `.mgh` or `.mgz`."""
+    block = _first_bytes(path, 284)
+    if len(block) < 284 or int.from_bytes(block[:4], "big") != 1:
+        raise not_an_image(path, block, "a FreeSurfer MGH file")
+    header = MGHHeader(block, check=False)
+    notes = (
+        () if header["goodRASFlag"] else ("the header has no orientation: FreeSurfer's default is assumed",)
+    )
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            dtype, affine = header.get_data_dtype(), header.get_affine()
+    except (HeaderDataError, KeyError, ValueError) as error:
+        raise UserError(f"`{path}` has a damaged header: {error}") from error
+    return _source(path, checked_header(path, header["dims"].tolist(), dtype, affine, notes), 284)
+
+
+def template(path: Path) -> AnyHeader:
+    """The header of a NIfTI file or pair as nibabel's object, mended as nibabel does, without extensions."""
+    path = _sibling(path, ".hdr") if path.suffix.lower() == ".img" else path
+    block = _first_bytes(path, 540)
+    kinds = {348: Nifti1Header, 540: Nifti2Header}
+    sizes = {order: int.from_bytes(block[:4], order) for order in ("little", "big")}
+    found = next((order for order, size in sizes.items() if size in kinds), None)
+    if found is None or len(block) < sizes[found]:
+        raise not_an_image(path, block, "a NIfTI file")
+    header = kinds[sizes[found]](block[: sizes[found]], endianness=found, check=False)
+    steps = header["pixdim"][1 : 1 + min(3, max(1, int(header["dim"][0])))]
+    if not (np.isfinite(steps).all() and (steps != 0).all()):
+        raise UserError(
+            f"`{path}` has a voxel size of {'x'.join(f'{step:g}' for step in steps)} in its header (pixdim)",
+            hint="write the geometry of the original image into it",
+        )
+    if header["magic"].item() == b"" and path.suffix.lower() == ".hdr":
+        raise UserError(
+            f"`{path}` is an Analyze 7.5 file: its left and right are not known", hint="convert it to NIfTI"
+        )
+    try:
+        header.check_fix(logger=SILENT, error_level=40)
+    except HeaderDataError as error:
+        raise UserError(f"`{path}` has a damaged header: {error}") from error
+    return header
+
+
+def new_template(affine: np.ndarray) -> Nifti1Header:
+    """A NIfTI-1 header for an affine in millimetres; its codes say scanner coordinates."""
+    header = Nifti1Header()
+    header.set_sform(affine, code="scanner")
+    header.set_qform(affine, code="scanner", strip_shears=True)
+    header.set_xyzt_units("mm")
+    return header
+
+
+def encode_label(
+    label: np.ndarray, header: AnyHeader, names: Mapping[int, str], *, compressed: bool
+) -> bytes:
+    """A NIfTI file of label ids (x, y, z) with the geometry, codes, units and description of `header`."""
+    header = header.as_byteswapped("<")
+    kind = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
+    header["magic"], header["vox_offset"] = kind.header_class.single_magic, 0  # `header` may be of a pair
+    header["cal_min"] = header["cal_max"] = 0
+    header.set_data_dtype(label.dtype)
+    header.set_intent("label", (), "labels")
+    text = json.dumps({"labels": {str(value): name for value, name in sorted(names.items())}})
+    header.extensions.append(Nifti1Extension("comment", text.encode()))
+    content = kind(label, None, header).to_bytes()  # no affine: that of the header stays, bit for bit
+    return gzip.compress(content, compresslevel=4, mtime=0) if compressed else content
+
+
+def _source(path: Path, header: Header, offset: int, slope: float = 1.0, intercept: float = 0.0) -> Source:
+    size = header.count * header.dtype.itemsize
+    on_disk = file_size(path)
+    compressed = path.name.lower().endswith((".gz", ".mgz"))
+    if (offset + size) > on_disk * (DEFLATE_LIMIT if compressed else 1) + (SLACK if compressed else 0):
+        raise UserError(
+            f"`{path}` is truncated: its header declares {offset + size} bytes, the file has {on_disk}",
+            hint="copy or download it again",
+        )
+
+    def stored() -> np.ndarray:
+        with read_problems(path), open(path, "rb") as file:
+            pieces = inflate(file, 31) if compressed else _pieces(file, offset + size)
+            try:
+                content = gather(path, pieces, offset, size)
+            except (zlib.error, EOFError) as error:
+                raise damaged(path, error) from error
+        return content.view(header.dtype).reshape(header.channels, *header.shape[::-1])  # c z y x
+
+    return Source(header, stored, slope, intercept)
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size > 0 and (piece := file.read(min(CHUNK, size))):
+        size -= len(piece)
+        yield piece
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file, decompressed where its name says that it is compressed."""
+    file_size(path)
+    with read_problems(path), open(path, "rb") as file:
+        if not path.name.lower().endswith((".gz", ".mgz")):
+            return file.read(count)
+        start = file.read(132)
+        if start[:2] != b"\x1f\x8b":
+            if 348 in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")):
+                raise UserError(
+                    f"`{path}` is not compressed", hint="it looks like NIfTI: rename it to end in `.nii`"
+                )
+            raise not_an_image(path, start, "a gzip file")
+        file.seek(0)
+        block = b""
+        try:
+            for piece in inflate(file, 31):
+                block += piece
+                if len(block) >= count:
+                    break
+        except (zlib.error, EOFError) as error:
+            raise damaged(path, error) from error
+        return block[:count]
+
+
+def _dims(path: Path, header: AnyHeader) -> list[int]:
+    count = int(header["dim"][0])
+    if not 1 <= count <= 7:
+        raise UserError(f"`{path}` has a damaged header: it declares {count} dimensions")
+    return [int(n) for n in header["dim"][1 : 1 + count]]
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the result is checked afterwards
+def _affine(path: Path, header: AnyHeader) -> tuple[np.ndarray, list[str]]:
+    """The sform, else the qform, else the voxel sizes alone; and what is to be said about them."""
+    notes = []
+    unit = int(header["xyzt_units"]) & 7
+    if unit in (1, 3):
+        name = "metre" if unit == 1 else "micrometre"
+        notes.append(f"the header's unit of length is the {name}; it is read as millimetres")
+    sform = header.get_sform() if header["sform_code"] > 0 else None
+    qform = None
+    if header["qform_code"] > 0:
+        try:
+            qform = header.get_qform()
+        except (ValueError, HeaderDataError) as error:
+            if sform is None:
+                raise UserError(
+                    f"`{path}` has a damaged header: its qform is no rotation ({error})"
+                ) from error
+            notes.append("the qform is no rotation; the sform is used")
+    if sform is not None and qform is not None and np.isfinite(sform).all():
+        shape = [int(n) for n in header["dim"][1:4]]
+        difference = same_grid(sform, shape, qform, shape, tolerance_voxels=0.1)
+        if difference:
+            notes.append(f"the qform is not the geometry of the sform ({difference}); the sform is used")
+    if sform is not None:
+        return sform, notes
+    if qform is not None:
+        return qform, notes
+    notes.append("the header has no orientation (sform and qform codes are 0), only voxel sizes")
+    return header.get_base_affine(), notes
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path if path.suffix.lower() == suffix else path.with_suffix(suffix)
