@@ -1,0 +1,210 @@
+"""From a data set and a plan to a store: each case by itself, again only where something changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from unetrkit.data.datalist import Case, Dataset
+from unetrkit.data.files import atomic_write, sha256_file, write_problems
+from unetrkit.data.geometry import reorient, same_grid
+from unetrkit.data.plan import Plan, plan_bytes
+from unetrkit.data.preprocess import preprocess, preprocess_label
+from unetrkit.data.processes import for_each
+from unetrkit.data.store import (
+    ARRAYS,
+    CaseRecord,
+    case_folder,
+    preprocessing_hash,
+    remove_folder,
+    write_case,
+    write_index,
+)  # fmt: skip
+from unetrkit.data.volume import Volume, read_image, read_label
+from unetrkit.errors import UserError
+
+Progress = Callable[[int, int, str], None]
+LOCK = ".prepare.lock"
+CASE_FILES = {"case.json", *(f"{name}.chunks" for name in ARRAYS)}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `prepare` did. As text: one line for people."""
+
+    path: Path
+    cases: int
+    redone: int
+    removed: int
+    size: int  # bytes
+    seconds: float
+
+    def __str__(self) -> str:
+        kept = f", {self.cases - self.redone} unchanged" if self.cases > self.redone else ""
+        removed = f", {self.removed} removed" if self.removed else ""
+        return (
+            f"{self.cases} cases in `{self.path}`, {self.size / 2**20:.1f} MB: "
+            f"{self.redone} prepared{kept}{removed} in {self.seconds:.0f} s"
+        )
+
+
+def prepare(
+    dataset: Dataset, plan: Plan, out: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> Summary:
+    """Writes every labelled training and validation case, preprocessed by `plan`, into the store `out`.
+
+    A case whose files and plan are those of an earlier run, and of which every stored byte is right, is left
+    as it is; so the same call again goes on after an interruption, repairs damage and follows changes. Cases
+    that are not in the data set any more are removed at the end. At most `workers` cases are in memory.
+
+    Raises UserError, naming the case, for files that cannot be used; also where `out` holds anything but a
+    store (nothing is touched then), and where another process prepares the same store.
+    """
+    begin = time.monotonic()
+    cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
+    if not cases:
+        raise UserError(f"`{dataset.name}` has no labelled case to prepare")
+    for case in cases:
+        case_folder(out, case.name)
+    _require_ours(out)
+    with write_problems(out):
+        (out / "cases").mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _begin_plan(out, plan)
+        redone = 0
+        work = partial(prepare_case, plan=plan, out=out)
+        for done, (position, changed) in enumerate(for_each(work, cases, workers, lambda case: case.name), 1):
+            redone += changed
+            if progress:
+                progress(done, len(cases), cases[position].name)
+        write_index(out, dataset.name, cases)
+        removed = _remove_others(out, {case.name for case in cases})
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Summary(out, len(cases), redone, removed, size, time.monotonic() - begin)
+
+
+def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
+    """Brings one case of the store up to date; False where it was."""
+    folder, preprocessing = case_folder(out, case.name), preprocessing_hash(plan)
+    source = source_hash(case, preprocessing)
+    if _is_intact(folder, source):
+        return False
+    image, label = read_pair(case)
+    array, grid = preprocess(image, plan)
+    indices = preprocess_label(label, grid, plan)
+    write_case(
+        folder, array, indices, grid, classes=len(plan.classes), source=source, preprocessing=preprocessing
+    )
+    return True
+
+
+def read_pair(case: Case) -> tuple[Volume, np.ndarray]:
+    """The image of a labelled case, and its label (1, x, y, z) in the image's order of axes.
+
+    Raises UserError where the two do not lie on the same grid.
+    """
+    if case.label is None:
+        raise ValueError(f"{case.name} has no label")
+    image, label = read_image(case.images), read_label(case.label)
+    label = reorient(label, image.affine)
+    if difference := same_grid(image.affine, image.array.shape[1:], label.affine, label.array.shape[1:]):
+        raise UserError(
+            f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}",
+            hint="`unetrkit check` finds every such case",
+        )
+    return image, label.array
+
+
+def source_hash(case: Case, preprocessing: str) -> str:
+    """The hash of everything that a stored case is computed from."""
+    files = [sha256_file(path) for path in (*case.images, case.label) if path is not None]
+    return hashlib.sha256(json.dumps([preprocessing, *files]).encode()).hexdigest()
+
+
+def _is_intact(folder: Path, source: str) -> bool:
+    try:
+        record = CaseRecord.read(folder)
+        if record.source != source:
+            return False
+        for array in record.arrays(folder).values():
+            array.verify()
+    except UserError:  # absent or damaged in any way: it is prepared again, from the files it came from
+        return False
+    return True
+
+
+def _require_ours(out: Path) -> None:
+    """Raises UserError unless `out` is absent, empty, or holds what a store holds and nothing else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"`{out}` is a file, a store is a folder", hint="choose another folder for the store")
+    found = {entry.name for entry in out.iterdir()}
+    strange = {
+        name for name in found - {"plan.json", "store.json", "cases", LOCK} if not name.endswith(".tmp")
+    }
+    if not strange and "cases" in found and not found & {"plan.json", "store.json", LOCK}:
+        strange = {"cases"}
+    if strange:
+        raise UserError(
+            f"`{out}` holds something that is not a store: `{min(strange)}`",
+            hint="choose another folder for the store",
+        )
+
+
+def _begin_plan(out: Path, plan: Plan) -> None:
+    """Puts the plan in its place and clears what interrupted runs left."""
+    content = plan_bytes(plan)
+    with write_problems(out):
+        for left in [*out.glob(".*.tmp"), *(out / "cases").glob(".*.tmp")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not (out / "plan.json").is_file() or (out / "plan.json").read_bytes() != content:
+            # the index is of the plan that was: from here on and until the end the store is not finished
+            (out / "store.json").unlink(missing_ok=True)
+    atomic_write(out / "plan.json", content)
+
+
+def _remove_others(out: Path, names: set[str]) -> int:
+    """Removes the cases that have gone from the data set; anything that is not a case stays."""
+    removed = 0
+    with write_problems(out):
+        for folder in sorted((out / "cases").iterdir()):
+            if (
+                folder.name in names
+                or not folder.is_dir()
+                or {entry.name for entry in folder.iterdir()} - CASE_FILES
+            ):
+                continue
+            remove_folder(folder)
+            removed += 1
+    return removed
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the store's lock, which the system releases however this process ends. Not on Windows."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with write_problems(out):
+        lock = open(out / LOCK, "wb")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is preparing `{out}`", hint="wait until it has finished"
+            ) from error
+        yield
