@@ -1,0 +1,99 @@
+"""What is to be segmented, and what would go wrong: looked at before any work is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from unetrkit.data.datalist import Case, read_dataset, split_cases
+from unetrkit.data.layouts import ENDINGS, stem
+from unetrkit.errors import UserError
+from unetrkit.inference.model import Model
+
+LISTS = (".json", ".csv", ".tsv")
+# what models must agree on to be averaged; the rest of a plan is for training and for people
+SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground")
+
+
+def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outside: bool) -> list[Case]:
+    """One scan (a file, or the folder of a DICOM series), or the cases of a data set's split.
+
+    The validation cases are those of the fold that the models were trained on (`origin.fold`).
+    Raises UserError where there are none.
+    """
+    if (inputs.is_file() and inputs.suffix.lower() not in LISTS) or _is_series(inputs):
+        return [Case(stem(inputs), (inputs.absolute(),), None, stem(inputs), "test")]
+    cases = list(read_dataset(inputs, allow_outside=allow_outside).cases)
+    chosen = cases
+    if split == "test":
+        chosen = [case for case in cases if case.split == "test"]
+    elif split in ("training", "validation"):
+        training, validation = split_cases(cases, _fold(models))
+        chosen = training if split == "training" else validation
+    elif split != "all":
+        raise UserError(f"`{split}` is not a split", hint="training, validation, test or all")
+    if not chosen:
+        raise UserError(f"`{inputs}` has no {split} cases among its {len(cases)}")
+    return chosen
+
+
+def _fold(models: Sequence[Model]) -> int | None:
+    folds = {model.description["origin"].get("fold") for model in models}
+    if len(folds) > 1:
+        raise UserError(
+            f"the models were trained on different folds ({', '.join(map(str, sorted(folds, key=str)))}), "
+            "so what validates one has trained another",
+            hint="predict the test cases, or use one model at a time",
+        )
+    return folds.pop()
+
+
+def _is_series(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.lower().endswith((*ENDINGS, *LISTS)):
+            with open(file, "rb") as opened:
+                if opened.read(132)[128:] == b"DICM":
+                    return True
+    return False
+
+
+def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
+    """Raises UserError for models that cannot be averaged, because they differ in more than their weights."""
+    if not models:
+        raise UserError("no model is given", hint="--model RUN")
+    first = models[0]
+    for model, path in zip(models[1:], paths[1:], strict=True):
+        for name in SAME:
+            expected, found = (json.dumps(one.plan.model_dump(mode="json")[name]) for one in (first, model))
+            if expected != found:
+                raise UserError(
+                    f"`{path}` and `{paths[0]}` cannot be averaged: their {name.replace('_', ' ')} differ, "
+                    f"{found[:200]} instead of {expected[:200]}",
+                    hint="models that are averaged must come from one plan",
+                )
+        if model.description["image_size"] != first.description["image_size"]:
+            raise UserError(
+                f"`{path}` and `{paths[0]}` cannot be averaged: they see windows of "
+                f"{model.description['image_size']} and {first.description['image_size']} voxels"
+            )
+
+
+def require_free(out: Path, cases: Sequence[Case], overwrite: bool) -> None:
+    """Raises UserError where label maps in `out` could replace scans, labels or earlier label maps."""
+    inputs = {
+        folder
+        for case in cases
+        for file in (*case.images, *([case.label] if case.label else []))
+        for folder in (file.resolve(), file.resolve().parent)
+    }
+    if out.resolve() in inputs:
+        raise UserError(
+            f"`{out}` holds the scans themselves", hint="choose another folder for the label maps"
+        )
+    there = [path for case in cases if (path := out / f"{case.name}.nii.gz").exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} others exist" if len(there) > 1 else " exists"
+        raise UserError(f"`{there[0]}`{more} already", hint="another folder, or --overwrite to replace them")

@@ -1,0 +1,203 @@
+"""A trained network as a folder: `model.json` says what it is, `weights.safetensors` holds its tensors.
+
+Together they are enough to predict; nothing in them is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
+from unetrkit.data.plan import Plan, Settings
+from unetrkit.errors import UserError
+
+FORMAT = "unetrkit-model"
+FILES = ("model.json", "weights.safetensors")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network in evaluation mode, the plan it was trained with, and what `model.json` says of it."""
+
+    network: nn.Module
+    plan: Plan
+    description: dict[str, Any]
+
+
+class Description(Settings):
+    """What `model.json` holds."""
+
+    format: Literal["unetrkit-model"] = "unetrkit-model"
+    version: Literal[1] = 1
+    network: str
+    in_channels: int = Field(ge=1)
+    classes: int = Field(ge=2)
+    image_size: tuple[int, int, int]
+    options: dict[str, Any] = Field(default_factory=dict)
+    plan: Plan
+    origin: dict[str, Any] = Field(default_factory=dict)
+    sha256: str  # of weights.safetensors
+
+
+def save_model(
+    folder: Path,
+    network: nn.Module,
+    *,
+    name: str,
+    image_size: tuple[int, int, int],
+    options: Mapping[str, Any],
+    plan: Plan,
+    origin: Mapping[str, Any],
+) -> None:
+    """Writes a model folder; one that is there is replaced only when the new one is complete.
+
+    `name`, `image_size` and `options` are what `networks.build` makes the network from. `origin` is anything
+    that JSON can hold: `fold` in it tells `predict` which cases validate; the rest is for people.
+    Raises UserError where `folder` holds something else than a model, or cannot be written.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not found <= set(FILES) or folder.is_file():
+        raise UserError(f"`{folder}` is not a model, so it is not replaced", hint="choose another folder")
+    # clones: safetensors refuses tensors that share memory (tied weights, views)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with write_problems(folder):
+            temporary.mkdir(parents=True)
+        atomic_write(temporary / FILES[1], safetensors.torch.save(tensors))
+        description = Description(
+            network=name,
+            in_channels=len(plan.channels),
+            classes=len(plan.classes),
+            image_size=image_size,
+            options=dict(options),
+            plan=plan,
+            origin=dict(origin),
+            sha256=sha256_file(temporary / FILES[1]),
+        )
+        atomic_write(temporary / FILES[0], (description.model_dump_json(indent=1) + "\n").encode())
+        with write_problems(folder):
+            _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
+    """The model of a model folder, or of a run folder that holds `model`, on `device`.
+
+    Raises UserError for anything else: a pickle or checkpoint, foreign JSON, weights that are missing,
+    changed, or not those of the network that `model.json` describes.
+    """
+    from unetrkit.networks import build
+
+    folder = _folder(path)
+    description = _description(folder / FILES[0])
+    weights = folder / FILES[1]
+    if sha256_file(weights) != description.sha256:
+        raise UserError(
+            f"`{weights}` is not the file that `{FILES[0]}` was written with: its SHA-256 differs",
+            hint="copy the model folder again; a damaged or edited file is not used",
+        )
+    network = build(
+        description.network,
+        description.in_channels,
+        description.classes,
+        description.image_size,
+        description.options,
+    )
+    try:
+        tensors = safetensors.torch.load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"`{weights}` is not a safetensors file: {error}") from error
+    _compare(network.state_dict(), tensors, weights)
+    network.load_state_dict(tensors)
+    return Model(network.to(device).eval(), description.plan, description.model_dump(mode="json"))
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Renames: at any moment there is a complete model at `folder`, or where `_folder` looks next."""
+    previous = _previous(folder)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    os.rename(temporary, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _folder(path: Path) -> Path:
+    candidates = [path, path / "model"]
+    for folder in [*candidates, *(_previous(candidate) for candidate in candidates)]:
+        if (folder / FILES[0]).is_file():
+            return folder
+    if not path.exists():
+        raise UserError(f"there is no model `{path}`")
+    if path.is_file():
+        raise UserError(
+            f"`{path}` is a file, but a model is a folder with `{FILES[0]}` and `{FILES[1]}`",
+            hint="give the run folder, or the `model` folder in it; foreign weights and pickles are not read",
+        )
+    raise UserError(
+        f"`{path}` holds no model: neither `{FILES[0]}` nor `model/{FILES[0]}`",
+        hint="give the run folder, or the `model` folder in it; a run writes it at its first validation",
+    )
+
+
+def _description(path: Path) -> Description:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"`{path}` does not describe a model: its `format` is not `{FORMAT}`")
+    if content.get("version") != 1:
+        raise UserError(
+            f"`{path}` is of version {json.dumps(content.get('version'))[:40]}, this program reads version 1",
+            hint="use the version of unetrkit that wrote it",
+        )
+    try:
+        description = Description.model_validate_json(json.dumps(content))  # JSON mode: lists are tuples
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"`{path}` is not a sound description: `{where}`: {first['msg']}") from error
+    for said, planned, what in (
+        (description.in_channels, len(description.plan.channels), "channels"),
+        (description.classes, len(description.plan.classes), "classes"),
+    ):
+        if said != planned:
+            raise UserError(f"`{path}` describes a network with {said} {what} and a plan with {planned}")
+    return description
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    """Every tensor by name and shape; the first differences are named."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    differences = [f"`{name}` is missing" for name in shapes.keys() - found.keys()]
+    differences += [f"`{name}` is not part of the network" for name in found.keys() - shapes.keys()]
+    differences += [
+        f"`{name}` is {tuple(found[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"`{path}` does not hold the weights of the network that `{FILES[0]}` describes: "
+            + ", ".join(sorted(differences)[:3])
+            + more
+        )
