@@ -1,0 +1,206 @@
+"""Predicted label maps against a data set's labels: metrics.csv, metrics.json and report.html."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from unetrkit.data.datalist import Dataset
+from unetrkit.data.files import atomic_write, sha256_file
+from unetrkit.data.geometry import reorient, same_grid, spacing_of
+from unetrkit.data.plan import LabelClass
+from unetrkit.data.processes import for_each
+from unetrkit.data.volume import read_label
+from unetrkit.errors import UserError
+from unetrkit.evaluation.metrics import DEFAULT_TOLERANCE_MM, OrganMetrics, case_metrics
+from unetrkit.evaluation.pairs import Pair, listed, pair_cases
+from unetrkit.evaluation.provenance import Provenance, RunRecord, read_run, trace
+from unetrkit.evaluation.summary import CaseMetrics, Summary, summarise
+
+OUTPUTS = ("metrics.csv", "metrics.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a worker found in one pair; `undeclared` are ids in its files that are no class."""
+
+    metrics: CaseMetrics
+    undeclared: tuple[int, ...]
+    sha256: dict[str, str]
+
+
+def evaluate(
+    predictions: Path,
+    dataset: Dataset,
+    out: Path,
+    *,
+    tolerance_mm: float | Mapping[int, float] = DEFAULT_TOLERANCE_MM,
+    workers: int | None = 1,
+    run: Path | None = None,
+    progress: Callable[..., None] | None = None,
+) -> Summary:
+    """Measure `predictions`/<case name>.nii.gz against the labels of `dataset`, on each case's own grid.
+
+    Writes metrics.csv (a row per case and organ), metrics.json (the same, the summary, the definitions and
+    what it was computed from) and report.html into `out`; each appears whole or not at all. `run`, a run or
+    model folder, adds names, intensity window and training curves. `progress(done, total, note)` hears of
+    each case.
+
+    Raises UserError where a prediction belongs to no case, where a declared validation or test split is only
+    partly predicted, where grids differ, and where `out` holds anything but an earlier evaluation.
+    """
+    from unetrkit.evaluation.report import write_report
+    from unetrkit.evaluation.views import worst_views
+
+    _check_out(out)
+    pairs, notes = pair_cases(predictions, dataset)
+    record = read_run(run) if run is not None else RunRecord()
+    classes = _classes(pairs, dataset, record, workers)
+    found: dict[int, Measured] = {}
+    measure = partial(_measure, classes=classes, tolerance_mm=tolerance_mm)
+    for position, result in for_each(measure, pairs, workers, name=_name):
+        found[position] = result
+        if progress is not None:
+            progress(len(found), len(pairs), result.metrics.name)
+    measured = [found[position] for position in range(len(pairs))]
+    summary = summarise([m.metrics for m in measured])
+    hashes = record.hashes | _data_hashes(measured)
+    provenance = trace(dataset.name, tolerance_mm, notes + _undeclared_notes(measured), hashes)
+
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "metrics.csv", _csv(summary).encode())
+    atomic_write(out / "metrics.json", _json(summary, provenance, pairs, measured).encode())
+    views = worst_views(pairs, summary, record.plan)
+    write_report(out / "report.html", summary, provenance, views, record)
+    return summary
+
+
+def _measure(
+    pair: Pair, classes: Sequence[LabelClass], tolerance_mm: float | Mapping[int, float]
+) -> Measured:
+    truth = read_label(pair.label)
+    # a label may be stored in another axis order than its image, and the prediction is on the image's grid
+    prediction = reorient(read_label(pair.prediction), truth.affine)
+    shapes = truth.array.shape[1:], prediction.array.shape[1:]
+    difference = same_grid(truth.affine, shapes[0], prediction.affine, shapes[1])
+    if difference is not None:
+        raise UserError(
+            f"`{pair.prediction}` is not on the grid of `{pair.label}`: {difference}",
+            hint="metrics are taken on the case's own grid; `unetrkit predict` writes its label maps there",
+        )
+    spacing = spacing_of(truth.affine)
+    organs = case_metrics(truth.array[0], prediction.array[0], spacing, classes, tolerance_mm)
+    undeclared = (_ids(truth.array) | _ids(prediction.array)) - {c.id for c in classes}
+    files = {"label": pair.label, "prediction": pair.prediction}
+    files |= {f"image {k}": path for k, path in enumerate(pair.case.images)}
+    return Measured(
+        CaseMetrics(pair.case.name, pair.case.subject, tuple(organs)),
+        tuple(sorted(undeclared)),
+        {name: sha256_file(path) for name, path in files.items() if path.is_file()},
+    )
+
+
+def _classes(
+    pairs: Sequence[Pair], dataset: Dataset, record: RunRecord, workers: int | None
+) -> list[LabelClass]:
+    """The organs: those the data set declares, else those of the run's plan, else the ids in the labels."""
+    if dataset.labels:
+        return [LabelClass(id=i, name=name) for i, name in sorted(dataset.labels.items()) if i != 0]
+    if record.plan is not None:
+        return [c for c in record.plan.classes if c.id != 0]
+    ids = set().union(*(found for _, found in for_each(_label_ids, pairs, workers, name=_name)))
+    return [LabelClass(id=i, name=f"label {i}") for i in sorted(ids)]
+
+
+def _name(pair: Pair) -> str:
+    return pair.case.name
+
+
+def _label_ids(pair: Pair) -> set[int]:
+    return _ids(read_label(pair.label).array)
+
+
+def _ids(labels: np.ndarray) -> set[int]:
+    """The ids in an array, without the background; np.unique would sort every voxel."""
+    seen = np.zeros(int(labels.max(initial=0)) + 1, bool)
+    seen[labels] = True
+    return set(np.flatnonzero(seen).tolist()) - {0}
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        foreign = sorted(
+            p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")
+        )
+        if foreign:
+            raise UserError(
+                f"`{out}` holds {listed(foreign)}, which no evaluation wrote",
+                hint="name an empty or new folder",
+            )
+    elif out.exists():
+        raise UserError(f"`{out}` is a file, and a folder is wanted for the report")
+
+
+def _undeclared_notes(measured: Sequence[Measured]) -> list[str]:
+    ids = sorted({i for m in measured for i in m.undeclared})
+    some = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
+    return [f"Label ids that no class declares, counted as background: {some}."] if ids else []
+
+
+def _data_hashes(measured: Sequence[Measured]) -> dict[str, str]:
+    """One hash for all files of a kind, to see at a glance whether two evaluations had the same cases."""
+    texts = {"images and labels": "", "predictions": ""}
+    for m in measured:
+        for name, digest in sorted(m.sha256.items()):
+            kind = "predictions" if name == "prediction" else "images and labels"
+            texts[kind] += f"{m.metrics.name} {name} {digest}\n"
+    return {kind: hashlib.sha256(text.encode()).hexdigest() for kind, text in texts.items()}
+
+
+def _csv(summary: Summary) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [field.name for field in fields(OrganMetrics)]
+    writer.writerow(["case", "subject", *("organ" if c == "name" else c for c in columns)])
+    for case in summary.cases:
+        for organ in case.organs:
+            values = (getattr(organ, column) for column in columns)
+            # numbers to 6 digits; undefined is an empty cell
+            cells = (f"{value:.6g}" if isinstance(value, float) else value for value in values)
+            writer.writerow([case.name, case.subject, *cells])
+    return text.getvalue()
+
+
+def _json(
+    summary: Summary, provenance: Provenance, pairs: Sequence[Pair], measured: Sequence[Measured]
+) -> str:
+    cases = [
+        {
+            **asdict(m.metrics),
+            "dice": m.metrics.dice,
+            "label": str(pair.label),
+            "prediction": str(pair.prediction),
+            "sha256": m.sha256,
+        }
+        for pair, m in zip(pairs, measured, strict=True)
+    ]
+    document = {
+        "format": "unetrkit evaluation",
+        "version": 1,
+        **asdict(provenance),
+        "summary": {
+            "subjects": summary.subjects,
+            "mean": {metric: asdict(estimate) for metric, estimate in summary.mean.items()},
+            "organs": [asdict(organ) for organ in summary.organs],
+        },
+        "cases": cases,
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

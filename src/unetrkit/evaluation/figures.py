@@ -1,0 +1,238 @@
+"""The report's pictures, drawn without a display: Dice per organ, training curves, slices with outlines."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unetrkit.evaluation.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# told apart by people with any colour vision, on grey as on white
+TRUTH, PREDICTION = "#22c1ee", "#ff9416"
+INK, FAINT, ACCENT = "#1f2933", "#cbd2d9", "#2f6fb5"
+MARGIN_MM = 60.0
+# axis cut, axis across, axis up, letters at the left, right, bottom, top: the patient's right is on the left,
+# as radiologists look at it
+PLANES = {
+    "axial": (2, 0, 1, "RLPA"),
+    "coronal": (1, 0, 2, "RLIS"),
+    "sagittal": (0, 1, 2, "APIS"),
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "unetrkit",
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def dice_figure(summary: Summary) -> str | None:
+    """Dice of every case by organ: a box between the quartiles, the median, a point for each case.
+
+    None where no organ has a Dice.
+    """
+    organs = [o for o in summary.organs if o.estimates["dice"].count]
+    if not organs:
+        return None
+    with _figure(9.6, 0.8 + 0.34 * len(organs)) as figure:
+        axes = figure.add_subplot()
+        for row, organ in enumerate(organs):
+            k = summary.organs.index(organ)
+            scores = np.array([s for case in summary.cases if (s := case.organs[k].dice) is not None])
+            low, median, high = np.percentile(scores, [25, 50, 75])
+            axes.barh(row, high - low, left=low, height=0.56, color="#dbe7f5", zorder=1)
+            axes.plot([median, median], [row - 0.28, row + 0.28], color=ACCENT, linewidth=2, zorder=2)
+            # points side by side, in an order that has nothing to do with the score
+            offsets = (np.arange(len(scores)) * 0.618 % 1 - 0.5) * 0.4 if len(scores) > 1 else np.zeros(1)
+            axes.plot(scores, row + offsets, "o", markersize=3, color=INK, alpha=0.55, mew=0, zorder=3)
+        axes.set_yticks(range(len(organs)), [o.name for o in organs])
+        axes.set_ylim(len(organs) - 0.5, -0.5)
+        axes.set_xlim(-0.015, 1.015)
+        axes.set_xlabel("Dice")
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        return _svg(figure)
+
+
+def curves_figure(records: Sequence[Mapping[str, object]]) -> str | None:
+    """Loss, learning rate and Dice by step, whichever the log has; None where it has none of them."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        step = record.get("step")
+        if isinstance(step, int):
+            for name, value in _numbers(record):
+                series.setdefault(name, []).append((step, value))
+    panels = []
+    for word, title in (("loss", "Loss"), ("dice", "Dice"), ("lr", "Learning rate")):
+        chosen = {name: series.pop(name) for name in list(series) if word in name.lower()}
+        panels += [(title, chosen)] if chosen else []
+    if not panels:
+        return None
+    with _figure(3.6 * len(panels), 2.5) as figure:
+        for place, (title, chosen) in enumerate(panels, start=1):
+            axes = figure.add_subplot(1, len(panels), place)
+            for name, points in list(chosen.items())[:6]:
+                _curve(axes, name, np.array(points))
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel("step")
+            axes.grid(color=FAINT, linewidth=0.5)
+            axes.tick_params(length=0)
+            if len(chosen) > 1:
+                axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def slices_figure(
+    image: np.ndarray,
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    spacing: Sequence[float],
+    window: tuple[float, float] | None = None,
+) -> str:
+    """Three planes through an organ: truth solid, prediction dashed, on the image.
+
+    All arrays are (x, y, z) in RAS+ axes, the masks boolean and not both empty; `spacing` in mm. `window` is
+    the range of intensities from black to white; by default the 1st to 99th percentile of what is shown.
+    """
+    centre = organ_centre(truth if truth.any() else prediction)
+    reach = _reach(truth | prediction, spacing)
+    low, high = window or np.percentile(image[tuple(slice(*r) for r in reach)], [1, 99])
+    with _figure(10.2, 3.75, face="#101418") as figure:
+        for place, (name, (cut, across, up, letters)) in enumerate(PLANES.items(), start=1):
+            axes = figure.add_subplot(1, 3, place)
+            plane = tuple(centre[a] if a == cut else slice(*reach[a]) for a in range(3))
+            left, right, bottom, top = (edge * spacing[a] for a in (across, up) for edge in reach[a])
+            extent = (left, right, bottom, top)
+            axes.imshow(image[plane].T, "gray", vmin=low, vmax=high, origin="lower", extent=extent)
+            for mask, colour, style in ((truth, TRUTH, "-"), (prediction, PREDICTION, (0, (2.2, 1.4)))):
+                _outline(axes, mask[plane].T, extent, colour, style)
+            axes.set(xlim=(right, left), ylim=(bottom, top))  # R, or A, on the left
+            axes.set_axis_off()
+            axes.set_title(name, color="white", fontsize=9)
+            _letters(axes, letters)
+        handles = [_line(TRUTH, "-", "truth"), _line(PREDICTION, (0, (2.2, 1.4)), "prediction")]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor="white")
+        return _webp(figure)
+
+
+def organ_centre(mask: np.ndarray) -> tuple[int, int, int]:
+    """The voxel of a mask that is nearest to its centroid: a hollow or bent organ is cut, not missed.
+
+    >>> ring = np.ones((3, 3, 1), bool)
+    >>> ring[1, 1, 0] = False
+    >>> bool(ring[organ_centre(ring)])
+    True
+    """
+    voxels = np.argwhere(mask)
+    x, y, z = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    return int(x), int(y), int(z)
+
+
+def _reach(mask: np.ndarray, spacing: Sequence[float]) -> list[tuple[int, int]]:
+    """The box of a mask with MARGIN_MM around it, within the volume."""
+    reach = []
+    for axis, step in enumerate(spacing):
+        filled = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        margin = round(MARGIN_MM / step)
+        start, stop = int(filled[0]) - margin, int(filled[-1]) + 1 + margin
+        reach.append((max(0, start), min(mask.shape[axis], stop)))
+    return reach
+
+
+def _outline(
+    axes: Axes, mask: np.ndarray, extent: tuple[float, float, float, float], colour: str, style: Any
+) -> None:
+    """The edge of a 2D mask along its voxels' sides, so that what is seen is what was measured."""
+    if not mask.any():
+        return
+    fine = 5  # a contour cuts corners by half a cell: by a tenth of a voxel
+    cells = np.pad(np.kron(mask, np.ones((fine, fine))), 1)
+    across, up = (
+        np.linspace(a - (b - a) / n / 2, b + (b - a) / n / 2, n + 2)
+        for a, b, n in ((*extent[:2], cells.shape[1] - 2), (*extent[2:], cells.shape[0] - 2))
+    )
+    axes.contour(across, up, cells, levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.5)
+
+
+def _letters(axes: Axes, letters: str) -> None:
+    """The patient's sides at the edges of a plane."""
+    from matplotlib.patheffects import withStroke
+
+    style: dict[str, Any] = {"color": "#ffe08a", "fontsize": 9, "fontweight": "bold"}
+    style |= {"transform": axes.transAxes, "path_effects": [withStroke(linewidth=2, foreground="black")]}
+    sides = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
+    ends = [(0.5, 0.02, "center", "bottom"), (0.5, 0.98, "center", "top")]
+    for letter, (x, y, horizontal, vertical) in zip(letters, sides + ends, strict=True):
+        axes.text(x, y, letter, ha=horizontal, va=vertical, **style)
+
+
+def _curve(axes: Axes, name: str, points: np.ndarray) -> None:
+    step, value = points.T
+    keep = np.unique(np.linspace(0, len(step) - 1, 1000).astype(int))
+    if len(step) < 60:
+        axes.plot(step, value, ".-", markersize=4, linewidth=1.2, label=name)
+        return
+    width = len(step) // 30
+    # the mean of the last `width` values: what a person following the training sees
+    total = np.cumsum(np.insert(value, 0, 0.0))
+    first = np.maximum(np.arange(1, len(value) + 1) - width, 0)
+    smooth = (total[1:] - total[first]) / (np.arange(1, len(value) + 1) - first)
+    (line,) = axes.plot(step[keep], smooth[keep], linewidth=1.5, label=name, zorder=2)
+    axes.plot(step[keep], value[keep], linewidth=0.5, alpha=0.3, color=line.get_color(), zorder=1)
+
+
+def _numbers(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of the finite numbers, those one level down under `outer.inner`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping) and not prefix:
+            yield from _numbers(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+            yield prefix + name, float(value)
+
+
+@contextmanager
+def _figure(width: float, height: float, face: str = "white") -> Iterator[Figure]:
+    """A figure that no window, backend or earlier setting of the caller's has a hand in."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        yield Figure(figsize=(width, height), layout="constrained", facecolor=face)
+
+
+def _line(colour: str, style: Any, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, linestyle=style, label=label)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _webp(figure: Figure) -> str:
+    """Of a noisy scan 0.33 MB at most, where PNG takes 1.4: five of them stay a file to send by mail."""
+    buffer = io.BytesIO()
+    face = figure.get_facecolor()
+    figure.savefig(buffer, format="webp", dpi=150, facecolor=face, pil_kwargs={"quality": 85})
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,67 @@
+"""Which prediction belongs to which case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unetrkit.data.datalist import Case, Dataset
+from unetrkit.errors import UserError
+
+SUFFIX = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A labelled case and its predicted label map."""
+
+    case: Case
+    label: Path
+    prediction: Path
+
+
+def pair_cases(predictions: Path, dataset: Dataset) -> tuple[list[Pair], list[str]]:
+    """The cases that have a label and a prediction, in the data set's order, and notes on what was left out.
+
+    Raises UserError where a file belongs to no case and where a declared split is only partly predicted.
+    """
+    if not predictions.is_dir():
+        raise UserError(f"there is no folder `{predictions}`", hint="make it with `unetrkit predict`")
+    files = {path.name.removesuffix(SUFFIX): path for path in sorted(predictions.glob(f"[!.]*{SUFFIX}"))}
+    if not files:
+        raise UserError(
+            f"`{predictions}` holds no label map `*{SUFFIX}`", hint="make some with `unetrkit predict`"
+        )
+    known = {case.name for case in dataset.cases}
+    strangers = [path.name for name, path in files.items() if name not in known]
+    if strangers:
+        raise UserError(
+            f"`{predictions}` holds {listed(strangers)}, and no such case is in the data set",
+            hint=f"a prediction is named CASE{SUFFIX}; `{dataset.cases[0].name}{SUFFIX}` would be one",
+        )
+    for split in ("validation", "test"):
+        wanted = [case.name for case in dataset.cases if case.split == split and case.label is not None]
+        missing = [name for name in wanted if name not in files]
+        if missing and len(missing) < len(wanted):
+            raise UserError(
+                f"`{predictions}` has no prediction for {listed(missing)} of the {split} split",
+                hint="a mean over part of a split is not its mean: predict the whole split, or none of it",
+            )
+    pairs = [
+        Pair(c, c.label, files[c.name]) for c in dataset.cases if c.label is not None and c.name in files
+    ]
+    unlabelled = len(files) - len(pairs)
+    if not pairs:
+        raise UserError(f"none of the cases predicted in `{predictions}` has a label to compare with")
+    return pairs, [f"Predicted cases without a label, left out: {unlabelled}."] if unlabelled else []
+
+
+def listed(items: Sequence[object], most: int = 5) -> str:
+    """Names in a message: the first few, and how many more.
+
+    >>> listed(["a", "b", "c"], most=2)
+    '`a`, `b` and 1 more'
+    """
+    shown = ", ".join(f"`{item}`" for item in items[:most])
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,121 @@
+"""What an evaluation was computed from and how: enough to do it again and to notice what changed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from unetrkit.data.files import read_json, read_problems, sha256_file
+from unetrkit.data.plan import Plan, parse_plan, plan_hash
+from unetrkit.errors import UserError
+from unetrkit.info import environment
+
+DEFINITIONS = {
+    "dice": "2 |T ∩ P| / (|T| + |P|), T the voxels of the label, P those of the prediction",
+    "iou": "|T ∩ P| / |T ∪ P|",
+    "nsd": "normalised surface Dice: share of the boundary voxels of T and P within tolerance of the others",
+    "hd95_mm": "larger of the two directed 95th percentiles of the distances between boundary voxels",
+    "assd_mm": "mean of the distances of the boundary voxels of T and P to the others",
+    "boundary": "voxels with one of 6 face neighbours outside the mask; distances (mm) between centres",
+    "absent": "present but not predicted (missed), or predicted but not present (false positive): Dice, IoU "
+    "and NSD are 0, distances are undefined and left out; neither present nor predicted: not counted",
+    "mean": "mean of the organs' means, each over the cases where the metric is defined",
+    "interval": "95 % percentile bootstrap, 2000 resamples of subjects; too narrow below about 10 subjects",
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run or model folder tells a report; everything is optional."""
+
+    plan: Plan | None = None
+    curves: tuple[dict[str, object], ...] = ()
+    config: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the figures came about; part of metrics.json and of the report."""
+
+    dataset: str
+    date: str
+    command: str
+    tolerance_mm: float | dict[int, float]
+    definitions: dict[str, str]
+    notes: tuple[str, ...]
+    environment: dict[str, str]
+    hashes: dict[str, str]
+
+
+def trace(
+    dataset: str,
+    tolerance_mm: float | Mapping[int, float],
+    notes: Sequence[str],
+    hashes: Mapping[str, str],
+) -> Provenance:
+    """The record of the evaluation that runs now."""
+    return Provenance(
+        dataset,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        shlex.join(["unetrkit", *sys.argv[1:]]),
+        dict(tolerance_mm) if isinstance(tolerance_mm, Mapping) else tolerance_mm,
+        DEFINITIONS,
+        tuple(notes),
+        environment(),
+        dict(hashes),
+    )
+
+
+def read_run(path: Path) -> RunRecord:
+    """What is there of a run folder (model/, config.yaml, metrics.jsonl) or of a model folder."""
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "model.json").is_file() and not (path / "metrics.jsonl").is_file():
+        raise UserError(
+            f"`{path}` is neither a run nor a model: it has no `model.json` and no `metrics.jsonl`",
+            hint="name the folder that `unetrkit train` wrote",
+        )
+    named = {
+        "weights": folder / "weights.safetensors",
+        "model description": folder / "model.json",
+        "training settings": path / "config.yaml",
+    }
+    hashes = {name: sha256_file(file) for name, file in named.items() if file.is_file()}
+    plan = _read_plan(folder / "model.json")
+    if plan is not None:
+        hashes["plan"] = plan_hash(plan)
+    config = path / "config.yaml"
+    return RunRecord(plan, read_curves(path / "metrics.jsonl"), _text(config), hashes)
+
+
+def read_curves(path: Path) -> tuple[dict[str, object], ...]:
+    """The records of a metrics.jsonl; a line cut short by a kill is left out. () without a file."""
+    records = []
+    for line in _text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return tuple(records)
+
+
+def _read_plan(path: Path) -> Plan | None:
+    if not path.is_file():
+        return None
+    description = read_json(path)
+    plan = description.get("plan") if isinstance(description, dict) else None
+    return parse_plan(plan, f"the plan in `{path}`")
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with read_problems(path):
+        return path.read_text(encoding="utf-8", errors="replace")

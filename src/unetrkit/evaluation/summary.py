@@ -1,0 +1,138 @@
+"""From the metrics of every case to one figure per organ and one for the whole, with confidence intervals.
+
+The mean of an organ is taken over the cases where the metric is defined; the mean over organs is the mean of
+these means, so that a rare organ weighs as much as a common one. The interval of each resamples subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unetrkit.evaluation import bootstrap
+from unetrkit.evaluation.metrics import METRICS, OrganMetrics
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """All organs of one case, in the same order in every case."""
+
+    name: str
+    subject: str
+    organs: tuple[OrganMetrics, ...]
+
+    @property
+    def dice(self) -> float | None:
+        """Mean Dice over the organs where it is defined."""
+        scores = [o.dice for o in self.organs if o.dice is not None]
+        return sum(scores) / len(scores) if scores else None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `count` values and its 95 % interval; None where undefined (one subject: no interval)."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class OrganSummary:
+    id: int
+    name: str
+    estimates: dict[str, Estimate]  # by the names in METRICS
+    present: int  # cases whose truth has the organ
+    missed: int
+    false_positives: int
+    false_positive_ml: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`mean` holds the means over organs; its counts are numbers of organs."""
+
+    organs: tuple[OrganSummary, ...]
+    mean: dict[str, Estimate]
+    cases: tuple[CaseMetrics, ...]
+    subjects: int
+
+    def table(self) -> str:
+        """The figures for a terminal: a line per organ and the mean."""
+        width = max(len(name) for name in ["mean", *(organ.name for organ in self.organs)])
+        head = (
+            f"{'organ':{width}} {'cases':>6} {'Dice':>6} {'IoU':>6} {'NSD':>6} {'HD95 mm':>8} {'ASSD mm':>8}"
+        )
+        lines = [f"{head} {'missed':>7} {'false positive':>15}"]
+        for organ in self.organs:
+            numbers = _row(organ.estimates)
+            counts = f"{organ.missed:7} {organ.false_positives:15}"
+            lines.append(f"{organ.name:{width}} {organ.present:6} {numbers} {counts}")
+        missed, false = (sum(getattr(o, n) for o in self.organs) for n in ("missed", "false_positives"))
+        return "\n".join(
+            [*lines, f"{'mean':{width}} {len(self.cases):6} {_row(self.mean)} {missed:7} {false:15}"]
+        )
+
+
+def summarise(
+    cases: Sequence[CaseMetrics], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+) -> Summary:
+    """Summarise one or more cases that were measured with the same classes."""
+    subjects = [case.subject for case in cases]
+    table = np.array(
+        [[[getattr(o, m) for m in METRICS] for o in case.organs] for case in cases], dtype=float
+    ).reshape(len(cases), -1, len(METRICS))  # cases organs metrics, NaN for None
+    means = bootstrap.nan_mean(table, axis=0)
+    resampled = bootstrap.bootstrap_means(table, subjects, resamples=resamples, seed=seed)
+    low, high = bootstrap.interval(resampled)
+    alone = _distinct_subjects(table, subjects) < 2
+    low[alone] = high[alone] = np.nan
+    counts = (~np.isnan(table)).sum(axis=0)
+
+    organs = []
+    for k, organ in enumerate(cases[0].organs):
+        found = [case.organs[k] for case in cases]
+        false_positives = [o.prediction_ml for o in found if o.status == "false positive"]
+        organs.append(
+            OrganSummary(
+                organ.id,
+                organ.name,
+                _estimates(means[k], low[k], high[k], counts[k]),
+                present=sum(o.status in ("scored", "missed") for o in found),
+                missed=sum(o.status == "missed" for o in found),
+                false_positives=len(false_positives),
+                false_positive_ml=sum(false_positives),
+            )
+        )
+    overall_low, overall_high = bootstrap.interval(bootstrap.nan_mean(resampled, axis=1))
+    if len(set(subjects)) < 2:
+        overall_low[:] = overall_high[:] = np.nan
+    measured = (counts > 0).sum(axis=0)
+    overall = _estimates(bootstrap.nan_mean(means, axis=0), overall_low, overall_high, measured)
+    return Summary(tuple(organs), overall, tuple(cases), len(set(subjects)))
+
+
+def _distinct_subjects(table: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
+    """How many subjects have a defined value, per organ and metric."""
+    names, rows = np.unique(np.asarray(subjects), return_inverse=True)
+    some = np.zeros((len(names), *table.shape[1:]), bool)
+    np.logical_or.at(some, rows, ~np.isnan(table))
+    return some.sum(axis=0)
+
+
+def _estimates(*columns: np.ndarray) -> dict[str, Estimate]:
+    rows = zip(METRICS, *columns, strict=True)  # name, mean, low, high, count
+    return {metric: Estimate(_number(m), _number(a), _number(b), int(n)) for metric, m, a, b, n in rows}
+
+
+def _row(estimates: dict[str, Estimate]) -> str:
+    shares = [f"{m:6.3f}" if (m := estimates[n].mean) is not None else f"{'–':>6}" for n in METRICS[:3]]
+    distances = [f"{m:8.2f}" if (m := estimates[n].mean) is not None else f"{'–':>8}" for n in METRICS[3:]]
+    return " ".join(shares + distances)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
