@@ -92,7 +92,7 @@ class InMemory:
 def ours(path: Path, *, in_memory: bool = False, set_: str = "default") -> Callable[[int], object]:
     """The batch of a step, as a worker process makes it."""
     sampling = SamplingSettings(batch_size=4, patches_per_case=4)
-    steps = loader._Steps(path, ("case",), sampling, AugmentSettings(set=set_), 0, 0, 1)
+    steps = loader.Steps(path, ("case",), sampling, AugmentSettings(set=set_), seed=0)
     if in_memory:
         _, (case,) = steps.opened
         case.__dict__["arrays"] = {name: InMemory(array.whole()) for name, array in case.arrays.items()}

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unetrkit.errors import UserError, nearest
+from unetrkit.plain_yaml import dump_yaml, parse_value, parse_yaml
 
 LARGEST_RECIPE = 64 * 2**10  # bytes
-DEEPEST_RECIPE = 16  # nested lists and mappings
 
 
 class Settings(BaseModel):
@@ -61,20 +59,28 @@ def read_recipe(recipe: str | Path) -> dict[str, object]:
     packaged = _packaged()
     path = Path(recipe)
     if str(recipe) in packaged:
-        return parse_yaml(packaged[str(recipe)], f"recipe {recipe}")
+        return parse_yaml(packaged[str(recipe)], f"recipe `{recipe}`")
     if path.suffix.lower() not in {".yaml", ".yml"} and not path.is_file():
         raise UserError(f"there is no recipe `{recipe}`", hint=nearest(str(recipe), packaged))
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_RECIPE + 1)
     except OSError as error:
-        raise UserError(f"cannot read the recipe `{path}`: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot read the recipe `{path}`: {error.strerror or error}",
+            hint="give a YAML file that you may read, or the name of a recipe: `unetrkit info recipes`",
+        ) from error
     if len(content) > LARGEST_RECIPE:
-        raise UserError(f"`{path}` is larger than {LARGEST_RECIPE // 1024} KB: this is not a recipe")
+        raise UserError(
+            f"`{path}` is larger than {LARGEST_RECIPE // 1024} KB: this is not a recipe",
+            hint="give a YAML file of settings",
+        )
     try:
-        return parse_yaml(content.decode("utf-8-sig"), str(path))
+        return parse_yaml(content.decode("utf-8-sig"), f"`{path}`")
     except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is not a recipe: byte {error.start} is not UTF-8") from error
+        raise UserError(
+            f"`{path}` is not a recipe: byte {error.start} is not UTF-8", hint="save it as UTF-8 text"
+        ) from error
 
 
 def recipes() -> list[tuple[str, str]]:
@@ -100,7 +106,7 @@ def settings_from(settings: type[S], values: Mapping[str, object]) -> S:
 
 def to_yaml(settings: Settings) -> str:
     """The whole of the settings as YAML that `load_recipe` reads back to equal settings."""
-    return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(settings.model_dump(mode="json"))
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -118,104 +124,6 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def parse_yaml(text: str, source: str) -> dict[str, object]:
-    """One YAML mapping, by YAML 1.2's core schema: no tags, no anchors, no name twice, no surprises."""
-    try:
-        _refuse_what_a_recipe_never_needs(text, source)
-        # S506: the loader derives from SafeLoader and its tags were refused above
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise UserError(f"{source} is not YAML{line}: {getattr(error, 'problem', None) or error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{source} must hold names and values, found a {type(values).__name__}")
-    return values
-
-
-def _refuse_what_a_recipe_never_needs(text: str, source: str) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if tag := getattr(event, "tag", None):
-            raise UserError(f"{source}, line {line}: YAML tags are not allowed, found `{tag}`")
-        if getattr(event, "anchor", None):  # an alias has it too; nine of them can describe a gigabyte
-            raise UserError(f"{source}, line {line}: YAML anchors and aliases are not allowed")
-        if depth > DEEPEST_RECIPE:
-            raise UserError(f"{source}, line {line}: nested deeper than {DEEPEST_RECIPE}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars. PyYAML's are 1.1's: there `1e-4` is text, `off` false, `010` 8, `1:30` 90."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own class-level table, replaced
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem="names must be words", problem_mark=key.start_mark)
-            if key.value in seen:
-                problem = f"`{key.value}` is there twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=True)
-
-    def construct_number(self, node: yaml.ScalarNode) -> float | int:
-        number = float(node.value)
-        # `steps: 5e3` is what a person means by 5000
-        return int(number) if "." not in node.value and number.is_integer() else number
-
-
-_NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-for _kind, _pattern, _first in (
-    ("null", "null|~|", ["n", "~", ""]),
-    ("bool", "[tT]rue|[fF]alse", list("tTfF")),
-    ("int", "[-+]?(?:0|[1-9][0-9]{0,17})", list("-+0123456789")),
-    ("float", _NUMBER, list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Flat lists on one line; quotes where either version of YAML would read a string as something else."""
-
-
-def _flow_list(dumper: yaml.SafeDumper, value: list) -> yaml.Node:
-    flow = all(not isinstance(item, (list, dict)) for item in value)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flow)
-
-
-def _string(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    special = bool(re.match(f"^(?:{_NUMBER})$", value))
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if special else None)
-
-
-_Dumper.add_representer(list, _flow_list)
-_Dumper.add_representer(str, _string)
-
-
-def parse_value(text: str) -> object:
-    """The value of a `key=value`.
-
-    >>> [parse_value(text) for text in ("1e-4", "off", "true", "null", "96,96,96", "[3, 6]", "a: b", "5e3")]
-    [0.0001, 'off', True, None, [96, 96, 96], [3, 6], 'a: b', 5000]
-    """
-    text = text.strip()
-    if re.match(f"^{_NUMBER}(?:,{_NUMBER})+$", text):
-        text = f"[{text}]"
-    if text[:1] in {"[", "{", '"', "'"}:
-        return parse_yaml(f"value: {text}", f"`{text}`")["value"]
-    # anything else is one scalar as it stands: a path may hold `#`, `: ` or begin with `*`
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return loader.construct_object(yaml.ScalarNode(tag, text))
-
-
 def _override(values: dict[str, object], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not all(part.isidentifier() for part in name.strip().split(".")):
@@ -225,7 +133,10 @@ def _override(values: dict[str, object], override: str) -> None:
     for part in sections:
         inner = section.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UserError(f"`{name}` is not a setting: `{part}` is {inner!r}")
+            raise UserError(
+                f"`{name}` is not a setting: `{part}` is {inner!r}",
+                hint=f"write either `{part}=…` or `{name}=…`",
+            )
         section = inner
     section[last] = parse_value(text)
 
@@ -249,7 +160,22 @@ def _explain(settings: type[Settings], values: Mapping[str, object], error: Vali
         message = "expected " + message.removeprefix("Input should be ")
     if problem["type"] == "missing":
         message = "expected more values"
-    return UserError(f"`{name}` is {json.dumps(value, ensure_ascii=False)}: {message}" if name else message)
+    if not name:  # a rule over several settings; its message names their values
+        return UserError(message, hint="change one of the settings that do not go together")
+    return UserError(
+        f"`{name}` is {json.dumps(value, ensure_ascii=False)}: {message}", hint=_example(settings, name)
+    )
+
+
+def _example(settings: type[BaseModel], name: str) -> str:
+    """What a setting may be: its default, where it has one."""
+    section, _, rest = name.partition(".")
+    field = settings.model_fields[section]
+    inner = _model(field.annotation)
+    if inner is not None:
+        return _example(inner, rest) if rest else f"write `{name}.{next(iter(inner.model_fields))}=…`"
+    default = field.get_default(call_default_factory=True)
+    return "write one value of that kind" if field.is_required() else f"the default is {json.dumps(default)}"
 
 
 def _name(settings: type[Settings], location: tuple[int | str, ...]) -> str:

@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
 class UserError(Exception):
     """Something the user gave cannot be used: what was expected, what was found, in which file.
 
+    The hint is never optional: it says in a few words what to do next, and does not repeat the message.
+
     The command line prints it as ``error: MESSAGE`` and ``hint: HINT`` and exits with code 2.
     A programming error is never a UserError: it keeps its traceback.
 
@@ -24,10 +26,13 @@ class UserError(Exception):
     '`train.lrr` is not a setting'
     """
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:  # a worker process must not lose the hint
+        return _rebuilt, (type(self), self.message, self.hint)
 
 
 class MissingExtra(UserError):
@@ -35,6 +40,12 @@ class MissingExtra(UserError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs the `{extra}` extra", hint=f"pip install 'unetrkit[{extra}]'")
+
+
+def _rebuilt(kind: type[UserError], message: str, hint: str) -> UserError:
+    error = kind.__new__(kind)
+    UserError.__init__(error, message, hint=hint)
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,6 @@ from unetrkit.data.augment import (
     apply_label,
     apply_spatial,
     draw_augmentation,
-    mirrored_classes,
 )
 from unetrkit.data.augment_intensity import INTENSITY
 from unetrkit.data.augment_spatial import (
@@ -236,7 +235,7 @@ def test_image_and_label_stay_aligned_through_every_spatial_change():
 
 def test_batched_and_single_are_the_same_and_nothing_is_changed_in_place():
     images, labels = noise_image(3, 2, *SIZE), (noise_image(3, *SIZE) * 5).to(torch.uint8)
-    table = mirrored_classes(small_plan())
+    table = small_plan().mirrored
     before = images.clone(), labels.clone()
     for a in strong_draws(20):
         spatial, intense = apply_spatial(a, images), apply_intensity(without_noise(a), images)
@@ -257,20 +256,28 @@ def without_noise(a):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 @pytest.mark.parametrize("flips", FLIPS)
-def test_paired_organs_exchange_classes_where_x_is_flipped(flips, dtype):
+def test_paired_organs_exchange_classes_in_a_mirror_image(flips, dtype):
     # ids 30 and 50 are classes 2 and 3
-    table = mirrored_classes(small_plan())
-    assert table.tolist() == [0, 1, 3, 2, 4]
+    table = small_plan().mirrored
+    assert table == (0, 1, 3, 2, 4)
     label = (noise_image(4, 5, 6) * 5).to(dtype)
     for turns in range(4):
         a = Augmentation(Orientation(flips, turns))
         unnamed, named = apply_label(a, label), apply_label(a, label, table)
-        expected = table[unnamed.long()].to(dtype) if flips[0] else unnamed
+        expected = torch.tensor(table)[unnamed.long()].to(dtype) if sum(flips) % 2 else unnamed
         assert torch.equal(named, expected) and named.dtype == dtype
 
 
-def test_plan_without_pairs_has_no_exchange():
-    assert mirrored_classes(small_plan(mirror_pairs=())) is None
+def test_two_flips_and_half_a_turn_are_the_same_to_image_and_label():
+    image, label = noise_image(1, *SIZE), (noise_image(*SIZE) * 5).to(torch.uint8)
+    flipped, turned = Augmentation(Orientation((True, True, False), 0)), Augmentation(Orientation((False,) * 3, 2))
+    assert torch.equal(apply_spatial(flipped, image), apply_spatial(turned, image))
+    table = small_plan().mirrored
+    assert torch.equal(apply_label(flipped, label, table), apply_label(turned, label, table))
+
+
+def test_plan_without_pairs_exchanges_nothing():
+    assert small_plan(mirror_pairs=()).mirrored == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.gpu

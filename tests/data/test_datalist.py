@@ -363,7 +363,7 @@ def test_a_broken_table_is_refused_with_its_line(tmp_path, content, message):
 
 
 def test_an_implausibly_large_table_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("unetrkit.data.layouts.LARGEST_JSON", 20)
+    monkeypatch.setattr("unetrkit.data.tables.LARGEST_JSON", 20)
     (tmp_path / "list.csv").write_text("image\n" + "a.nii\n" * 3)
     with pytest.raises(UserError, match="is larger than"):
         read_dataset(tmp_path / "list.csv")

@@ -10,7 +10,7 @@ import torch
 from tests.data.small_store import small_store
 
 from unetrkit.data.augment import AugmentSettings
-from unetrkit.data.loader import _Steps, batches
+from unetrkit.data.loader import ALONE, Rank, Steps, batches
 from unetrkit.data.sampling import SamplingSettings
 from unetrkit.data.store import StoredCase
 from unetrkit.errors import UserError
@@ -25,7 +25,7 @@ def store(tmp_path_factory):
     return small_store(tmp_path_factory.mktemp("small"))
 
 
-def run(store, stop, *, start=0, seed=0, augment=STRONG, cases=NAMES, workers=0, rank=0, world=1, **sampling):
+def run(store, stop, *, start=0, seed=0, augment=STRONG, cases=NAMES, workers=0, rank=ALONE, **sampling):
     return list(
         batches(
             store,
@@ -33,11 +33,9 @@ def run(store, stop, *, start=0, seed=0, augment=STRONG, cases=NAMES, workers=0,
             SamplingSettings(**sampling),
             augment,
             seed=seed,
-            start=start,
-            stop=stop,
-            rank=rank,
-            world=world,
+            steps=range(start, stop),
             workers=workers,
+            rank=rank,
         )
     )
 
@@ -96,7 +94,7 @@ def test_no_batch_comes_twice(store):
 
 
 def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(store):
-    halves = [run(store, 6, rank=rank, world=2, batch_size=2) for rank in range(2)]
+    halves = [run(store, 6, rank=Rank(rank, 2), batch_size=2) for rank in range(2)]
     joined = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
     same(joined, run(store, 6, batch_size=4))
     assert not set(digests(halves[0])) & set(digests(halves[1]))
@@ -124,10 +122,10 @@ def test_patch_size_of_the_settings_wins_and_small_volumes_are_padded(store):
 
 def test_wrong_cases_are_said_before_the_first_batch(store):
     with pytest.raises(UserError, match="holds no case `case9`") as caught:
-        batches(store, ["case9"], SamplingSettings(), NONE, seed=0, start=0, stop=1, workers=2)
+        batches(store, ["case9"], SamplingSettings(), NONE, seed=0, steps=range(1), workers=2)
     assert "case" in caught.value.hint
     with pytest.raises(UserError, match="no cases"):
-        batches(store, [], SamplingSettings(), NONE, seed=0, start=0, stop=1, workers=0)
+        batches(store, [], SamplingSettings(), NONE, seed=0, steps=range(1), workers=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -166,6 +164,6 @@ def test_killed_worker_is_a_message(store, monkeypatch):
 
 
 def test_steps_survive_being_sent_to_a_new_process(store):
-    steps = _Steps(store, tuple(NAMES), SamplingSettings(), STRONG, 0, 0, 1)
+    steps = Steps(store, tuple(NAMES), SamplingSettings(), STRONG, seed=0)
     first = steps[3]
     same([pickle.loads(pickle.dumps(steps))[3]], [first])

@@ -10,7 +10,15 @@ import pytest
 
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Intensity, LabelClass, Plan, override_plan, plan_hash, read_plan, write_plan
-from unetrkit.data.store import Store, pick_centres, preprocessing_hash, write_case, write_index
+from unetrkit.data.store import (
+    Store,
+    pick_centres,
+    preprocessing_hash,
+    seal,
+    unseal,
+    write_case,
+    write_index,
+)
 from unetrkit.errors import UserError
 
 PLAN = Plan(
@@ -177,6 +185,15 @@ def test_a_missing_or_unfinished_store_is_said(store: Path, tmp_path: Path) -> N
     (store / "store.json").unlink()
     with pytest.raises(UserError, match="not finished"):
         Store.open(store)
+
+
+@pytest.mark.parametrize("file", ["store.json", "cases/amos_0001/case.json"])
+def test_a_store_of_an_older_format_is_refused(store: Path, file: str) -> None:
+    content = unseal(store / file)
+    (store / file).write_bytes(seal(content | {"format": 1}))
+    with pytest.raises(UserError, match=f"{file}` has the store format 1, this version reads 2") as caught:
+        Store.open(store)
+    assert "`unetrkit prepare` again" in caught.value.hint
 
 
 def test_an_image_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:

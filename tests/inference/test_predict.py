@@ -20,7 +20,6 @@ from unetrkit.errors import UserError
 from unetrkit.inference.model import Model
 from unetrkit.inference.predict import (
     PredictSettings,
-    mirrored_channels,
     predict,
     predict_label,
     predict_stored,
@@ -104,10 +103,10 @@ def test_several_models_are_averaged(model, thresholds, blocks):
     assert np.array_equal(twice, alone)
 
 
-def test_mirrored_channels_exchange_pairs(plan):
-    assert mirrored_channels(plan) == [0, 1, 2]
+def test_a_mirror_image_exchanges_pairs(plan):
+    assert plan.mirrored == (0, 1, 2)
     paired = Plan(**{**plan.model_dump(), "mirror_pairs": ((300, 7),)})
-    assert mirrored_channels(paired) == [0, 2, 1]
+    assert paired.mirrored == (0, 2, 1)
 
 
 def test_settings_read_words_for_mirrors():
@@ -160,7 +159,7 @@ def test_a_bad_case_does_not_lose_the_others(tmp_path, save, blocks):
     (tmp_path / "scans" / "c.nii.gz").write_bytes((tmp_path / "scans" / "a.nii.gz").read_bytes()[:-100])
     write(tmp_path / "scans" / "e.nii.gz", np.stack([blocks, blocks], -1))
     seen = []
-    with pytest.raises(UserError, match=r"2 of 5 cases.*`c`: .*; `e`: the image has 2 channels.* has 1: CT"):
+    with pytest.raises(UserError, match=r"2 of 5 cases.*`c`: .*; `e`: `.*e.nii.gz` has 2 channels.* has 1: CT"):
         predict(
             tmp_path / "scans",
             tmp_path / "out",

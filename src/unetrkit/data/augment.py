@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +19,7 @@ from unetrkit.data.augment_spatial import (
     draw_orientation,
     warp_matrix,
 )
-from unetrkit.data.plan import Plan, Positive, Settings
+from unetrkit.data.plan import Positive, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,31 +106,19 @@ def apply_intensity(augmentation: Augmentation, image: Tensor) -> Tensor:
     return image
 
 
-def apply_label(augmentation: Augmentation, label: Tensor, mirrored: Tensor | None = None) -> Tensor:
+def apply_label(augmentation: Augmentation, label: Tensor, mirrored: Sequence[int] = ()) -> Tensor:
     """Label (..., x, y, z) of class indices -> the same shape and type; possibly a view of `label`.
 
-    `mirrored` (from `mirrored_classes`): where the x axis (left-right, RAS) is flipped, the two organs of a
-    pair exchange their classes, so that the left kidney is still the one on the left. Flips of y and z leave
-    every organ on its side and exchange nothing. Quarter turns are the published ones: they move the body
-    without mirroring it and keep its names, although two of them carry the left side to the right.
+    `mirrored` (`Plan.mirrored`): an odd number of flips makes a mirror image, in which left and right organs
+    have changed places, so that they exchange their classes; quarter turns and an even number of flips are
+    rotations, which keep every name.
     """
     label = apply_orientation(augmentation.orientation, label)
     if augmentation.warp is not None:
         label = apply_warp(augmentation.warp, label, "nearest")
-    if mirrored is not None and augmentation.orientation.flips[0]:
-        label = mirrored.to(label)[label.int()]
+    if sum(augmentation.orientation.flips) % 2 and list(mirrored) != sorted(mirrored):
+        label = torch.tensor(mirrored, dtype=label.dtype, device=label.device)[label.int()]
     return label
-
-
-def mirrored_classes(plan: Plan) -> Tensor | None:
-    """What each class index becomes in a left-right mirror: (classes,) uint8; None where no class changes."""
-    if not plan.mirror_pairs:
-        return None
-    index = {c.id: k for k, c in enumerate(plan.classes)}
-    table = torch.arange(len(plan.classes), dtype=torch.uint8)
-    for left, right in plan.mirror_pairs:
-        table[index[left]], table[index[right]] = index[right], index[left]
-    return table
 
 
 def _draw_warp(

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from unetrkit.data.declared import Entry, Listing
 from unetrkit.data.folds import Split, assign_folds, split_cases
-from unetrkit.data.layouts import Entry, Listing, read_layout, stem
+from unetrkit.data.layouts import read_layout, stem
 from unetrkit.errors import UserError
 
 __all__ = ["Case", "Dataset", "assign_folds", "outside", "read_dataset", "split_cases"]
@@ -51,25 +52,25 @@ class Dataset:
     channels: tuple[str, ...]
 
 
-def read_dataset(path: Path, *, allow_outside: bool = False) -> Dataset:
+def read_dataset(path: Path, *, allow_outside: bool = False, channels: int | None = None) -> Dataset:
     """The data set that a data list (JSON, CSV) or a folder (nnU-Net raw, pairs) describes; no voxel is read.
 
     Relative paths start at the folder of the list. A path that leaves that folder (absolute, `..`, a link)
     is refused unless `allow_outside`. The subject of a case is its entry's `subject`, else the `sub-…` of a
     BIDS path, else the case's name: nothing more is guessed. Cases keep the order of the list: training,
-    validation, test.
+    validation, test. `channels`: where a model asks for so many, X_0000, X_0001 … in a folder of scans
+    without labels are the channels of one case X.
 
     Raises UserError, naming the entry: missing files, an image listed twice, a training case without a
     label in a data set with labels, anything that is not what the layout says.
     """
-    listing = read_layout(path)
+    listing = read_layout(path, channels)
     if not listing.entries:
-        raise UserError(f"`{path}` lists no cases")
+        raise UserError(f"`{path}` lists no cases", hint="add cases to `training`, `validation` or `test`")
     found = [_locate(entry, listing.root, allow_outside) for entry in listing.entries]
     _require_files(listing, found)
     _require_labels(listing)
     _require_distinct(listing, found)
-    channels = _channels(listing)
     names = _names(listing, found)
     cases = tuple(
         Case(
@@ -82,7 +83,7 @@ def read_dataset(path: Path, *, allow_outside: bool = False) -> Dataset:
         )
         for entry, (images, label), name in zip(listing.entries, found, names, strict=True)
     )
-    return Dataset(listing.name, listing.root, cases, listing.labels, channels)
+    return Dataset(listing.name, listing.root, cases, listing.labels, _channels(listing))
 
 
 def outside(path: Path, root: Path) -> bool:
@@ -94,7 +95,10 @@ def _locate(entry: Entry, root: Path, allow_outside: bool) -> tuple[tuple[Path, 
     written = [*entry.images, *([entry.label] if entry.label else [])]
     for text in written:
         if problem := _problem(root / text):
-            raise UserError(f"{entry.where}: {text[:60]!r} cannot be the name of a file: {problem}")
+            raise UserError(
+                f"{entry.where}: {text[:60]!r} cannot be the name of a file: {problem}",
+                hint="correct the path in the list",
+            )
         if not allow_outside and outside(root / text, root):
             raise UserError(
                 f"{entry.where}: `{text}` leads out of the folder `{root}`",
@@ -144,10 +148,16 @@ def _require_distinct(listing: Listing, found: list[tuple[tuple[Path, ...], Path
         for path in images:
             real = path.resolve()
             if real in seen:
-                raise UserError(f"{entry.where} and {seen[real].where} have the same image `{path}`")
+                raise UserError(
+                    f"{entry.where} and {seen[real].where} have the same image `{path}`",
+                    hint="remove one of the two entries",
+                )
             seen[real] = entry
         if label and label.resolve() in {path.resolve() for path in images}:
-            raise UserError(f"{entry.where}: `{label}` is both image and label")
+            raise UserError(
+                f"{entry.where}: `{label}` is both image and label",
+                hint="give the file of the label map as `label`",
+            )
 
 
 def _channels(listing: Listing) -> tuple[str, ...]:
@@ -155,13 +165,15 @@ def _channels(listing: Listing) -> tuple[str, ...]:
     for entry in listing.entries:
         if len(entry.images) != len(first.images):
             raise UserError(
-                f"{entry.where} has {len(entry.images)} images, but {first.where} has {len(first.images)}"
+                f"{entry.where} has {len(entry.images)} images, but {first.where} has {len(first.images)}",
+                hint="give every case one file, or one file per channel",
             )
     count = len(first.images)
     # one 4D file may hold all the declared channels
     if listing.channels and count not in (1, len(listing.channels)):
         raise UserError(
-            f"{first.where} has {count} images, but {len(listing.channels)} channels are declared"
+            f"{first.where} has {count} images, but {len(listing.channels)} channels are declared",
+            hint="declare as many channels as there are files for each case",
         )
     return listing.channels or (("image",) if count == 1 else tuple(f"image_{k}" for k in range(count)))
 

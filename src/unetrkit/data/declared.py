@@ -1,11 +1,43 @@
-"""The classes and channels that a data list declares, in any of the ways people write them."""
+"""What a data set declares, in any of the ways people write it: cases, classes, channels."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from unetrkit.data.folds import Split
 from unetrkit.errors import UserError
+
+SPLITS: dict[str, Split] = {
+    "training": "training", "train": "training",
+    "validation": "validation", "val": "validation", "valid": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case as written: paths are text that starts at the listing's root. `where` names it in messages."""
+
+    where: str
+    images: tuple[str, ...]
+    label: str | None
+    split: Split
+    fold: int | None = None
+    subject: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set as written. `channels` and `labels` are empty where none are declared."""
+
+    name: str
+    root: Path
+    entries: tuple[Entry, ...]
+    labels: dict[int, str]
+    channels: tuple[str, ...]
 
 
 def declared_labels(declared: object, source: Path) -> dict[int, str]:
@@ -20,7 +52,8 @@ def declared_labels(declared: object, source: Path) -> dict[int, str]:
     for value, name in pairs:
         if isinstance(value, list) or name == "ignore":
             raise UserError(
-                f"`{source}`: label `{name}` is a region or a value to ignore, which is not supported yet"
+                f"`{source}`: label `{name}` is a region or a value to ignore, which is not supported yet",
+                hint="give every voxel one class id, and name those ids in `labels`",
             )
         if type(value) not in (int, str) or not re.fullmatch(r"[0-9]{1,5}", str(value)) or int(value) > 65535:
             raise UserError(
@@ -29,7 +62,8 @@ def declared_labels(declared: object, source: Path) -> dict[int, str]:
             )
         if int(value) in labels:
             raise UserError(
-                f"`{source}`: the labels `{labels[int(value)]}` and `{name}` have the same id {value}"
+                f"`{source}`: the labels `{labels[int(value)]}` and `{name}` have the same id {value}",
+                hint="give each label an id of its own",
             )
         labels[int(value)] = name
     return dict(sorted({0: "background", **labels}.items()))

@@ -286,6 +286,7 @@ def _pixels(one: _Slice) -> np.ndarray:
     array = sitk.GetArrayViewFromImage(image)
     if array.shape != (1, one.size[1], one.size[0]):
         raise UserError(
-            f"`{one.path}` decodes to {array.shape} pixels instead of the {one.size} of its header"
+            f"`{one.path}` decodes to {array.shape} pixels instead of the {one.size} of its header",
+            hint="export the series again, or convert it to NIfTI, with dcm2niix for example",
         )
     return array[0].copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from unetrkit.errors import UserError
@@ -67,9 +69,25 @@ def read_problems(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"there is no file `{path}`") from error
+        raise UserError(f"there is no file `{path}`", hint=_where_instead(path)) from error
+    except IsADirectoryError as error:
+        raise UserError(f"`{path}` is a folder", hint="give a file in it") from error
     except OSError as error:
-        raise UserError(f"cannot read `{path}`: {error.strerror or error}") from error
+        hint = "make sure that you may read it and that its disk is there"
+        raise UserError(f"cannot read `{path}`: {error.strerror or error}", hint=hint) from error
+
+
+def _where_instead(path: Path) -> str:
+    """A hint for a file that is not there: one of nearly its name, or the first folder that is missing."""
+    missing = next((folder for folder in reversed(path.parents) if not folder.is_dir()), None)
+    if missing is not None:
+        return f"there is no folder `{missing}` either: check the path"
+    readable = os.access(path.parent, os.R_OK)
+    names = [entry.name for entry in islice(path.parent.iterdir(), 1000)] if readable else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    if close:
+        return f"did you mean `{path.with_name(close[0])}`?"
+    return "check the path" if path.is_absolute() else f"relative paths start at `{Path.cwd()}`"
 
 
 def sha256_file(path: Path) -> str:
@@ -84,15 +102,22 @@ def read_json(path: Path) -> object:
         content = file.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
         raise UserError(
-            f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: this is not one of the expected JSON files"
+            f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: this is not one of the expected JSON files",
+            hint="give the JSON file, not an image or an archive",
         )
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is not JSON: byte {error.start} is not UTF-8") from error
+        raise UserError(
+            f"`{path}` is not JSON: byte {error.start} is not UTF-8", hint="save it as UTF-8 text"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"`{path}` is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            f"`{path}` is not JSON: line {error.lineno}, column {error.colno}: {error.msg}",
+            hint="correct it there in a text editor, or write it again",
         ) from error
-    except RecursionError as error:
-        raise UserError(f"`{path}` is not usable JSON: it is nested too deeply") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise UserError(
+            f"`{path}` is not usable JSON: nested too deeply, or a number too long",
+            hint="write it again; what unetrkit reads is nested a few levels deep",
+        ) from error

@@ -56,14 +56,31 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
     """
     cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
     if not cases:
-        raise UserError(f"`{dataset.name}` has no labelled case to plan from")
+        raise UserError(
+            f"`{dataset.name}` has no labelled case to plan from",
+            hint="add cases with an `image` and a `label` to `training`",
+        )
     found: dict[int, Fingerprint] = {}
     for done, (position, one) in enumerate(for_each(fingerprint, cases, workers, lambda case: case.name), 1):
         found[position] = one
         if progress:
             progress(done, len(cases), cases[position].name)
     # in the order of the data set, whatever the workers did
-    return plan_from(dataset, [found[position] for position in range(len(cases))])
+    prints = [found[position] for position in range(len(cases))]
+    _require_channels(dataset, cases, prints)
+    return plan_from(dataset, prints)
+
+
+def _require_channels(dataset: Dataset, cases: Sequence[Case], prints: Sequence[Fingerprint]) -> None:
+    counts = [len(one.samples) for one in prints]
+    expected = len(dataset.channels) or counts[0]
+    for case, count in zip(cases, counts, strict=True):
+        if count != expected:
+            other = "are declared" if dataset.channels else f"has `{cases[0].images[0]}`"
+            raise UserError(
+                f"`{case.images[0]}` has {count} channels, {expected} {other}",
+                hint="name every channel in `channel_names`, and give every case all of them",
+            )
 
 
 def fingerprint(case: Case) -> Fingerprint:
@@ -98,12 +115,11 @@ def plan_from(dataset: Dataset, prints: Sequence[Fingerprint]) -> Plan:
     """The plan that follows from the fingerprints of a data set's cases."""
     counts = sum((Counter(one.counts) for one in prints), Counter())
     if not set(counts) - {0}:
-        raise UserError(f"no voxel of `{dataset.name}` is labelled: there is nothing to learn")
-    widths = {one.samples.shape[0] for one in prints}
-    if len(widths) > 1 or (dataset.channels and widths != {len(dataset.channels)}):
-        declared = f", {len(dataset.channels)} are declared" if dataset.channels else ""
-        raise UserError(f"the images of `{dataset.name}` have {sorted(widths)} channels{declared}")
-    channels = dataset.channels or tuple(f"channel {c}" for c in range(widths.pop()))
+        raise UserError(
+            f"no voxel of `{dataset.name}` is labelled: there is nothing to learn",
+            hint="check that the labels are the drawn masks: `unetrkit check` counts their voxels",
+        )
+    channels = dataset.channels or tuple(f"channel {c}" for c in range(prints[0].samples.shape[0]))
     samples = np.concatenate([one.samples for one in prints], axis=1)
     is_ct = [_is_ct(name, all(one.like_ct[c] for one in prints)) for c, name in enumerate(channels)]
     intensity = tuple(_window(values) if ct else RELATIVE for ct, values in zip(is_ct, samples, strict=True))

@@ -21,8 +21,10 @@ from unetrkit.data.geometry import LPS_TO_RAS
 from unetrkit.data.source import (
     CHUNK,
     DEFLATE_LIMIT,
+    RENEW,
     SLACK,
     Source,
+    bad_header,
     checked_header,
     damaged,
     file_size,
@@ -59,7 +61,7 @@ def open_itk(path: Path) -> Source:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise UserError(f"`{path}` has a damaged header: {_reason(error)}") from error
+        raise bad_header(path, _reason(error)) from error
     size, dimension = reader.GetSize(), reader.GetDimension()
     dtype = _dtype(path, sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()))
     if dimension != 3:
@@ -79,7 +81,7 @@ def open_itk(path: Path) -> Source:
     if wanted > possible:
         raise UserError(
             f"`{data.path}` is truncated: {wanted} bytes of voxels are declared, the file has {on_disk}",
-            hint="copy or download it again",
+            hint=RENEW,
         )
 
     def stored() -> np.ndarray:
@@ -88,7 +90,7 @@ def open_itk(path: Path) -> Source:
         try:
             image = reader.Execute()
         except RuntimeError as error:
-            raise UserError(f"`{path}` cannot be read: {_reason(error)}") from error
+            raise UserError(f"`{path}` cannot be read: {_reason(error)}", hint=RENEW) from error
         array = sitk.GetArrayFromImage(image)  # z y x [c]
         return np.ascontiguousarray(np.moveaxis(array, -1, 0)) if array.ndim == 4 else array[None]  # c z y x
 
@@ -148,7 +150,7 @@ def _nrrd_data(path: Path) -> _Data:
     )
     detached = fields.get("data file", fields.get("datafile"))
     if detached is None and not end:
-        raise UserError(f"`{path}` is truncated: its header has no end", hint="copy or download it again")
+        raise UserError(f"`{path}` is truncated: its header has no end", hint=RENEW)
     skip = _whole(path, fields, "byte skip", "byteskip")
     if _whole(path, fields, "line skip", "lineskip") or (skip and encoding != "raw"):
         raise UserError(
@@ -198,7 +200,7 @@ def _whole(path: Path, fields: dict[str, str], *keys: str) -> int:
     """A number of bytes or lines to skip; -1 means that the data is at the very end."""
     text = next((fields[key] for key in keys if key in fields), "0")
     if not re.fullmatch(r"-1|\d{1,9}", text):
-        raise UserError(f"`{path}` has a damaged header: `{keys[0]}` is `{text}`")
+        raise bad_header(path, f"`{keys[0]}` is `{text}`")
     return int(text)
 
 

@@ -20,7 +20,6 @@ from unetrkit.data.augment import (
     apply_label,
     apply_spatial,
     draw_augmentation,
-    mirrored_classes,
 )
 from unetrkit.data.plan import Plan
 from unetrkit.data.sampling import SamplingSettings, case_at, draw_corner, generator_for, read_patch
@@ -30,6 +29,17 @@ from unetrkit.errors import UserError, nearest
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Which process of a training this is, and of how many."""
+
+    rank: int
+    world: int
+
+
+ALONE = Rank(0, 1)
+
+
 def batches(
     store: Path,
     cases: Sequence[str],
@@ -37,26 +47,24 @@ def batches(
     augment: AugmentSettings,
     *,
     seed: int,
-    start: int,
-    stop: int,
-    rank: int = 0,
-    world: int = 1,
+    steps: range,
     workers: int,
+    rank: Rank = ALONE,
 ) -> Iterator[Batch]:
-    """Yield the batches of steps `start` to `stop` - 1, in order.
+    """Yields the batches of these steps, in order.
 
     A batch is {"image": float32 (b, c, x, y, z), "label": uint8 class indices (b, x, y, z)}. Patch i of rank
     r is patch r·b + i of the step: two ranks with batch size 1 see what one rank with batch size 2 sees.
 
     Raises UserError: no cases, a name that the store does not hold, a damaged chunk (also from a worker).
     """
-    steps = _Steps(store, tuple(cases), sampling, augment, seed, rank, world)
-    _ = steps.opened  # what the user got wrong is said here, before any process starts
-    return _in_order(steps, start, stop, workers)
+    made = Steps(store, tuple(cases), sampling, augment, seed, rank)
+    _ = made.opened  # what the user got wrong is said here, before any process starts
+    return _in_order(made, steps, workers)
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch | UserError]):
+class Steps(Dataset[Batch | UserError]):
     """The batch of every step. Nothing of the store stays open, so that it may be forked or pickled."""
 
     store: Path
@@ -64,15 +72,16 @@ class _Steps(Dataset[Batch | UserError]):
     sampling: SamplingSettings
     augment: AugmentSettings
     seed: int
-    rank: int
-    world: int
+    rank: Rank = ALONE
 
     @cached_property
     def opened(self) -> tuple[Plan, list[StoredCase]]:
         store = Store.open(self.store)
         held = {case.name: case for case in store.cases}
         if not self.cases:
-            raise UserError(f"no cases of `{self.store}` were chosen for training")
+            raise UserError(
+                f"no cases of `{self.store}` were chosen for training", hint="add cases to its data list"
+            )
         for name in self.cases:
             if name not in held:
                 raise UserError(f"`{self.store}` holds no case `{name}`", hint=nearest(name, held))
@@ -94,10 +103,9 @@ class _Steps(Dataset[Batch | UserError]):
             "image": torch.empty(count, len(plan.channels), *size),  # b c x y z
             "label": torch.empty(count, *size, dtype=torch.uint8),  # b x y z
         }
-        mirrored = mirrored_classes(plan)
         for i in range(count):
-            index = self.rank * count + i
-            position = (step * self.world * count + index) // self.sampling.patches_per_case
+            index = self.rank.rank * count + i
+            position = (step * self.rank.world * count + index) // self.sampling.patches_per_case
             case = cases[case_at(self.seed, position, len(cases))]
             generator = generator_for(self.seed, step, index)
             corner = draw_corner(generator, case, size, self.sampling)
@@ -105,23 +113,27 @@ class _Steps(Dataset[Batch | UserError]):
             augmentation = draw_augmentation(generator, self.augment, size, plan.spacing)
             # float16 becomes float32, and a turned view contiguous, in the one copy into the batch
             batch["image"][i] = apply_spatial(augmentation, image)
-            batch["label"][i] = apply_label(augmentation, label, mirrored)
+            batch["label"][i] = apply_label(augmentation, label, plan.mirrored)
             if augmentation.changes:
                 batch["image"][i] = apply_intensity(augmentation, batch["image"][i])
         return batch
 
 
-def _in_order(steps: _Steps, start: int, stop: int, workers: int) -> Iterator[Batch]:
+def _in_order(made: Steps, steps: range, workers: int) -> Iterator[Batch]:
+    # fork on Linux: ready in milliseconds, where spawn imports torch again in each (seconds and 300 MB). Its
+    # danger is a lock or thread pool of the parent that the child waits for; the children use one thread, no
+    # CUDA and their own file handles. Elsewhere fork is missing or unsafe (macOS frameworks).
+    context = ("fork" if sys.platform == "linux" else "spawn") if workers else None
     loader = DataLoader(
-        steps,
+        made,
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=steps,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=_context() if workers else None,
+        multiprocessing_context=context,
     )
     with warnings.catch_warnings():
-        # what Python 3.12 and later say about fork in any process with threads: see `_context`
+        # what Python 3.12 and later say about fork in any process with threads: see above
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         items = iter(loader)
     while True:
@@ -130,25 +142,14 @@ def _in_order(steps: _Steps, start: int, stop: int, workers: int) -> Iterator[Ba
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(
-                f"a process that loads data ended: {str(error).splitlines()[0]}",
-                hint="memory or shared memory (/dev/shm) ran out: fewer workers, or smaller batches",
-            ) from error
+            what = f"a process that loads data ended: {str(error).splitlines()[0]}"
+            hint = "memory or shared memory (/dev/shm) ran out: fewer workers, or smaller batches"
+            raise UserError(what, hint=hint) from error
         if item is None:
             return
         if isinstance(item, UserError):
             raise item
         yield item
-
-
-def _context() -> str:
-    """How worker processes start.
-
-    fork on Linux: ready in milliseconds, where spawn imports torch again in each (seconds and 300 MB). Its
-    danger is a lock or thread pool of the parent that the child waits for; the children use one thread, no
-    CUDA and their own file handles. Elsewhere fork is missing or unsafe (macOS frameworks).
-    """
-    return "fork" if sys.platform == "linux" else "spawn"
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from unetrkit.data.geometry import same_grid
 from unetrkit.data.source import (
     CHUNK,
     DEFLATE_LIMIT,
+    RENEW,
     SLACK,
     Header,
     Source,
+    bad_header,
     checked_header,
     damaged,
     file_size,
@@ -54,13 +56,13 @@ def open_nifti(path: Path) -> Source:
     single_offset = 544 if isinstance(header, Nifti2Header) else 352
     offset = float(header["vox_offset"])
     if not 0 <= offset <= LARGEST_OFFSET:
-        raise UserError(f"`{path}` has a damaged header: its voxels begin at byte {offset:.6g}")
+        raise bad_header(path, f"its voxels begin at byte {offset:.6g}")
     # 0 stands for "right behind the header" in files of some writers
     begin = int(offset) if pair else max(int(offset), single_offset)
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
-        raise UserError(f"`{path}` has a damaged header: {error}") from error
+        raise bad_header(path, error) from error
     checked = checked_header(path, _dims(path, header), header.get_data_dtype(), *_affine(path, header))
     scale = (1.0, 0.0) if slope is None else (slope, intercept)
     return _source(data, checked, begin, *scale)
@@ -79,7 +81,7 @@ def open_mgh(path: Path) -> Source:
         with np.errstate(over="ignore", invalid="ignore"):
             dtype, affine = header.get_data_dtype(), header.get_affine()
     except (HeaderDataError, KeyError, ValueError) as error:
-        raise UserError(f"`{path}` has a damaged header: {error}") from error
+        raise bad_header(path, error) from error
     return _source(path, checked_header(path, header["dims"].tolist(), dtype, affine, notes), 284)
 
 
@@ -106,7 +108,7 @@ def template(path: Path) -> AnyHeader:
     try:
         header.check_fix(logger=SILENT, error_level=40)
     except HeaderDataError as error:
-        raise UserError(f"`{path}` has a damaged header: {error}") from error
+        raise bad_header(path, error) from error
     return header
 
 
@@ -142,7 +144,7 @@ def _source(path: Path, header: Header, offset: int, slope: float = 1.0, interce
     if (offset + size) > on_disk * (DEFLATE_LIMIT if compressed else 1) + (SLACK if compressed else 0):
         raise UserError(
             f"`{path}` is truncated: its header declares {offset + size} bytes, the file has {on_disk}",
-            hint="copy or download it again",
+            hint=RENEW,
         )
 
     def stored() -> np.ndarray:
@@ -191,7 +193,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 def _dims(path: Path, header: AnyHeader) -> list[int]:
     count = int(header["dim"][0])
     if not 1 <= count <= 7:
-        raise UserError(f"`{path}` has a damaged header: it declares {count} dimensions")
+        raise bad_header(path, f"it declares {count} dimensions")
     return [int(n) for n in header["dim"][1 : 1 + count]]
 
 
@@ -210,9 +212,7 @@ def _affine(path: Path, header: AnyHeader) -> tuple[np.ndarray, list[str]]:
             qform = header.get_qform()
         except (ValueError, HeaderDataError) as error:
             if sform is None:
-                raise UserError(
-                    f"`{path}` has a damaged header: its qform is no rotation ({error})"
-                ) from error
+                raise bad_header(path, f"its qform is no rotation ({error})") from error
             notes.append("the qform is no rotation; the sform is used")
     if sform is not None and qform is not None and np.isfinite(sform).all():
         shape = [int(n) for n in header["dim"][1:4]]

@@ -10,9 +10,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from unetrkit.config import Settings, parse_value
+from unetrkit.config import Settings
 from unetrkit.data.files import atomic_write, read_json
 from unetrkit.errors import UserError, nearest
+from unetrkit.plain_yaml import parse_value
 
 __all__ = [
     "PUBLISHED",
@@ -78,7 +79,7 @@ class Plan(Settings):
     intensity: tuple[Intensity, ...]
     patch_size: tuple[Extent, Extent, Extent]
     crop_foreground: bool = True
-    # pairs of label ids that a left-right mirror exchanges
+    # pairs of label ids that a mirror exchanges: left and right organs
     mirror_pairs: tuple[tuple[int, int], ...] = ()
     # what the plan was computed from: for people, not for the program
     statistics: dict[str, object] = Field(default_factory=dict)
@@ -97,6 +98,17 @@ class Plan(Settings):
             raise ValueError(f"mirror_pairs names an id twice: {self.mirror_pairs}")
         return self
 
+    @property
+    def mirrored(self) -> tuple[int, ...]:
+        """For each class its index in a mirror image: paired organs change places.
+
+        A body reflected along any one axis is the same mirror image, turned: an odd number of flips mirrors,
+        an even number is a rotation and exchanges nothing.
+        """
+        index = {c.id: k for k, c in enumerate(self.classes)}
+        other = {a: b for pair in self.mirror_pairs for a, b in (pair, pair[::-1])}
+        return tuple(index[other.get(c.id, c.id)] for c in self.classes)
+
 
 # What the published recipes fix where the computed plan decides by itself.
 # btcv: UNETR and Swin UNETR on abdominal CT, https://github.com/Project-MONAI/research-contributions
@@ -107,6 +119,15 @@ PUBLISHED: dict[str, dict[str, object]] = {
         "patch_size": [96, 96, 96],
         "crop_foreground": True,
     },
+}
+
+
+EXAMPLES = {
+    "spacing": "mm along x, y and z, as in `spacing=1.5,1.5,2.0`",
+    "patch_size": "voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`",
+    "intensity": "as in `intensity.0.kind=window`, `intensity.0.lower=-175` and `intensity.0.upper=250`",
+    "crop_foreground": "`crop_foreground=true` or `crop_foreground=false`",
+    "version": "prepare the plan again with this version of unetrkit",
 }
 
 
@@ -146,7 +167,8 @@ def apply_published(plan: Plan, name: str) -> Plan:
         raise UserError(f"there is no published plan `{name}`", hint=nearest(name, PUBLISHED))
     if len(plan.channels) != 1:
         raise UserError(
-            f"the published plan `{name}` is for 1 channel, `{plan.dataset}` has {len(plan.channels)}"
+            f"the published plan `{name}` is for 1 channel, `{plan.dataset}` has {len(plan.channels)}",
+            hint="leave out `--published`: a plan is then computed from your data",
         )
     return parse_plan(plan.model_dump(mode="json") | PUBLISHED[name], f"published plan `{name}`")
 
@@ -173,7 +195,10 @@ def _replace(values: dict[str, object], name: str, value: object) -> None:
     inner: object = values
     for part in [*parts, last]:
         if not isinstance(inner, (dict, list)):
-            raise UserError(f"`{name}` is not a plan entry: there is nothing inside {inner!r}")
+            raise UserError(
+                f"`{name}` is not a plan entry: there is nothing inside {inner!r}",
+                hint="give the whole entry, as in `spacing=1.5,1.5,2.0`",
+            )
         entries: dict = inner if isinstance(inner, dict) else {str(i): v for i, v in enumerate(inner)}
         if part not in entries:
             raise UserError(f"`{name}` is not a plan entry", hint=nearest(part, entries))
@@ -187,7 +212,10 @@ def _replace(values: dict[str, object], name: str, value: object) -> None:
 def parse_plan(values: object, source: str) -> Plan:
     """A plan from plain values (JSON's). Raises UserError naming `source`, the field and its wrong value."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{source} is not a plan: expected names and values, found a {type(values).__name__}")
+        raise UserError(
+            f"{source} is not a plan: expected names and values, found a {type(values).__name__}",
+            hint="give the `plan.json` that `unetrkit prepare` wrote",
+        )
     try:
         # pydantic's strict mode for JSON: a list may be a tuple, but "1.5" is not a number
         return Plan.model_validate_json(json.dumps(values), strict=True)
@@ -210,9 +238,12 @@ def _explain(error: ValidationError, source: str) -> UserError:
         )
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], Mapping):  # a rule over several fields; its message names their values
-        return UserError(f"{source}: `{name}`: {message}" if name else f"{source}: {message}")
+        where = f"{source}: `{name}`" if name else source
+        return UserError(f"{where}: {message}", hint="change one of the two so that they agree")
     message = message.replace("Input should be ", "expected ").replace("valid array", "list")
-    return UserError(f"{source}: `{name}` is {json.dumps(problem['input'], ensure_ascii=False)}: {message}")
+    found = json.dumps(problem["input"], ensure_ascii=False)
+    example = EXAMPLES.get(str(problem["loc"][0]), "see a `plan.json` that `unetrkit prepare` wrote")
+    return UserError(f"{source}: `{name}` is {found}: {message}", hint=example)
 
 
 def _known(name: str) -> list[str]:

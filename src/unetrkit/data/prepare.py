@@ -73,7 +73,10 @@ def prepare(
     begin = time.monotonic()
     cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
     if not cases:
-        raise UserError(f"`{dataset.name}` has no labelled case to prepare")
+        raise UserError(
+            f"`{dataset.name}` has no labelled case to prepare",
+            hint="add cases with an `image` and a `label` to `training`",
+        )
     for case in cases:
         case_folder(out, case.name)
     _require_ours(out)
@@ -100,7 +103,7 @@ def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
     if _is_intact(folder, source):
         return False
     image, label = read_pair(case)
-    array, grid = preprocess(image, plan)
+    array, grid = preprocess(image, plan, f"`{case.images[0]}`")
     indices = preprocess_label(label, grid, plan)
     write_case(
         folder, array, indices, grid, classes=len(plan.classes), source=source, preprocessing=preprocessing

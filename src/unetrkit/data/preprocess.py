@@ -16,16 +16,18 @@ UNKNOWN = 255  # class indices are uint8; this one marks ids that the plan does 
 SAMPLE = 2**21  # voxels of a case that its percentiles are estimated from
 
 
-def preprocess(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid]:
+def preprocess(volume: Volume, plan: Plan, source: str = "the image") -> tuple[np.ndarray, Grid]:
     """The network's view of a case, (c, x, y, z) float32, and the grid that leads back to its own voxels.
 
     The axis order in which a volume is stored makes no difference, bit for bit. Needs room for two arrays
-    besides the volume. Raises UserError where the channels are not the plan's or the result is too large.
+    besides the volume. Raises UserError, in which `source` names the volume, where the channels are not the
+    plan's or the result is too large.
     """
     if volume.array.shape[0] != len(plan.channels):
         raise UserError(
-            f"the image has {volume.array.shape[0]} channels, "
-            f"the plan `{plan.dataset}` has {len(plan.channels)}: {', '.join(plan.channels)}"
+            f"{source} has {volume.array.shape[0]} channels, "
+            f"the plan `{plan.dataset}` has {len(plan.channels)}: {', '.join(plan.channels)}",
+            hint="give these channels in this order, as one 4D file or one file each",
         )
     upright, axes, flips = to_ras(volume)
     box = _whole(upright.array.shape[1:])
@@ -35,7 +37,7 @@ def preprocess(volume: Volume, plan: Plan) -> tuple[np.ndarray, Grid]:
     size = target_size([stop - start for start, stop in box], spacing, plan.spacing)
     if np.prod(size, dtype=np.float64) * len(plan.channels) > LARGEST:
         raise UserError(
-            f"at the plan's spacing of {plan.spacing} mm the image would have {size} voxels",
+            f"at the plan's spacing of {plan.spacing} mm {source} would have {size} voxels",
             hint="check the spacing in the image's header, or prepare with a coarser one",
         )
     x, y, z = volume.array.shape[1:]
@@ -55,7 +57,8 @@ def preprocess_label(label: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:
     """
     if len(plan.classes) > UNKNOWN:
         raise UserError(
-            f"the plan `{plan.dataset}` has {len(plan.classes)} classes; at most {UNKNOWN} can be stored"
+            f"the plan `{plan.dataset}` has {len(plan.classes)} classes; at most {UNKNOWN} can be stored",
+            hint="merge classes, in the label files and in `labels`",
         )
     inside = crop(label[0], grid)
     table = np.full(65536, UNKNOWN, dtype=np.uint8)

@@ -20,9 +20,8 @@ from unetrkit.data.plan import Extent, Intensity, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unetrkit.data.chunks import Triple
     from unetrkit.data.store import StoredCase
-
-Triple = tuple[int, int, int]
 
 
 class SamplingSettings(Settings):

@@ -19,6 +19,7 @@ LARGEST = 2**30  # voxels of all channels together: 512 x 512 x 4096, 4 GB as fl
 FORMATS = ".nii, .nii.gz, .hdr with .img, .mgz, .mgh, .nrrd, .mha, .mhd, or a folder with one DICOM series"
 CHUNK = 2**20  # bytes
 DEFLATE_LIMIT = 1032  # a byte of deflate makes at most that many
+RENEW = "copy the scan again from where it comes from, or export it again"
 SLACK = 2**24  # bytes allowed behind the voxels: FreeSurfer's tags, padding
 
 
@@ -60,16 +61,23 @@ def file_size(path: Path) -> int:
         try:
             status = path.stat()
         except ValueError as error:  # a NUL in the name
-            raise UserError(f"{str(path)!r} is not a file name") from error
+            raise UserError(f"{str(path)!r} is not a file name", hint="correct the path") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"`{path}` is not a regular file")
+        raise UserError(
+            f"`{path}` is not a regular file", hint="give an image file, or the folder of one DICOM series"
+        )
     return status.st_size
+
+
+def bad_header(path: Path, reason: object) -> UserError:
+    """The error for a header that contradicts itself or its format."""
+    return UserError(f"`{path}` has a damaged header: {reason}", hint=RENEW)
 
 
 def not_an_image(path: Path, start: bytes, expected: str) -> UserError:
     """The error for a file that is not of the format of its name; its first bytes show what it is."""
     if not start:
-        return UserError(f"`{path}` is empty (0 bytes)", hint="copy or download it again")
+        return UserError(f"`{path}` is empty (0 bytes)", hint=RENEW)
     if start.startswith(b"version https://git-lfs"):
         return UserError(f"`{path}` is a Git LFS pointer, not the file itself", hint="git lfs pull")
     if start.lstrip()[:1] == b"<":
@@ -105,7 +113,7 @@ def checked_header(
             hint="three, or four with the channels last, can be read",
         )
     if min(dims) < 1:
-        raise UserError(f"`{path}` has no voxels: its shape is {words}")
+        raise UserError(f"`{path}` has no voxels: its shape is {words}", hint=RENEW)
     if dtype.kind not in "iufb":
         what = {"c": "complex numbers", "V": "colours (RGB)"}.get(dtype.kind, f"values of type {dtype}")
         raise UserError(
@@ -173,12 +181,12 @@ def gather(path: Path, pieces: Iterable[bytes], offset: int, size: int, *, keep:
         if position > size + SLACK:
             raise UserError(
                 f"`{path}` holds more than the {size} bytes of voxels its header declares",
-                hint="is the header damaged?",
+                hint=RENEW,
             )
     if position < size:
         raise UserError(
             f"`{path}` is truncated: {max(0, position)} of {size} bytes of voxels are there",
-            hint="copy or download it again",
+            hint=RENEW,
         )
     return content
 
@@ -186,11 +194,9 @@ def gather(path: Path, pieces: Iterable[bytes], offset: int, size: int, *, keep:
 def damaged(path: Path, error: Exception) -> UserError:
     """The error for a compressed stream that cannot be read to its end."""
     if isinstance(error, EOFError):
-        return UserError(
-            f"`{path}` is truncated: its compressed data ends early", hint="copy or download it again"
-        )
+        return UserError(f"`{path}` is truncated: its compressed data ends early", hint=RENEW)
     reason = str(error).partition(": ")[2] or str(error)
     return UserError(
         f"`{path}` is damaged: its compressed data is not readable ({reason})",
-        hint="copy or download it again",
+        hint=RENEW,
     )

@@ -13,20 +13,20 @@ import json
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from unetrkit.data.chunks import AGAIN, ChunkedArray, Damaged, Layout, Triple, write_chunks
+from unetrkit.data.chunks import AGAIN, LABEL_CHUNK, ChunkedArray, Damaged, Layout, Triple, write_chunks
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Plan, plan_hash, read_plan
 from unetrkit.errors import UserError
 
-FORMAT = 1  # another number and every case is prepared again
+FORMAT = 2  # another number and every case is prepared again
 CENTRES = 20_000  # voxels kept for each class of a case
 ARRAYS = ("image", "label", "centres")
 
@@ -50,24 +50,17 @@ class CaseRecord:
     def read(cls, folder: Path) -> CaseRecord:
         """Raises Damaged where case.json is not as it was written."""
         values = unseal(folder / "case.json")
-        return cls(
-            source=values["source"],
-            preprocessing=values["preprocessing"],
-            grid=Grid.from_dict(values["grid"]),
-            counts=tuple(values["counts"]),
-            centres=tuple(values["centres"]),
-            layouts={name: Layout.from_dict(values["layouts"][name]) for name in ARRAYS},
-        )
+        layouts = {name: Layout.from_dict(values["layouts"][name]) for name in ARRAYS}
+        counts, centres = tuple(values["counts"]), tuple(values["centres"])
+        grid = Grid.from_dict(values["grid"])
+        return cls(values["source"], values["preprocessing"], grid, counts, centres, layouts)
 
     def to_dict(self) -> dict[str, Any]:
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        layouts = {name: layout.to_dict() for name, layout in self.layouts.items()}
-        return {"format": FORMAT} | plain | {"grid": self.grid.to_dict(), "layouts": layouts}
+        layouts = {name: asdict(layout) for name, layout in self.layouts.items()}
+        return {"format": FORMAT} | vars(self) | {"grid": self.grid.to_dict(), "layouts": layouts}
 
     def arrays(self, folder: Path) -> dict[str, ChunkedArray]:
-        return {
-            name: ChunkedArray(folder / f"{name}.chunks", layout) for name, layout in self.layouts.items()
-        }
+        return {name: ChunkedArray(folder / f"{name}.chunks", one) for name, one in self.layouts.items()}
 
 
 @dataclass(frozen=True)
@@ -145,15 +138,10 @@ class Store:
     def open(path: Path) -> Store:
         """Raises UserError for a store that is missing, unfinished, damaged, or whose plan was changed."""
         if not (path / "store.json").is_file():
-            unfinished = (path / "plan.json").is_file()
-            what = (
-                f"the store in `{path}` is not finished" if unfinished else f"there is no store in `{path}`"
-            )
-            raise UserError(
-                what,
-                hint="run `unetrkit prepare` "
-                + ("again: it goes on where it was" if unfinished else "first"),
-            )
+            if (path / "plan.json").is_file():
+                hint = "run `unetrkit prepare` again: it goes on where it was"
+                raise UserError(f"the store in `{path}` is not finished", hint=hint)
+            raise UserError(f"there is no store in `{path}`", hint="run `unetrkit prepare` first")
         index = unseal(path / "store.json")
         plan = read_plan(path / "plan.json")
         if sha256_file(path / "plan.json") != index["plan"]:
@@ -171,23 +159,18 @@ class Store:
 
 def _case(path: Path, entry: Mapping[str, Any]) -> StoredCase:
     folder = case_folder(path, entry["name"])
-    label = entry["label"]
-    return StoredCase(
-        name=entry["name"],
-        subject=entry["subject"],
-        split=entry["split"],
-        fold=entry["fold"],
-        images=tuple(map(Path, entry["images"])),
-        label_file=None if label is None else Path(label),
-        path=folder,
-        record=CaseRecord.read(folder),
-    )
+    label = None if entry["label_file"] is None else Path(entry["label_file"])
+    files = {"images": tuple(map(Path, entry["images"])), "label_file": label}
+    return StoredCase(**{**entry, **files}, path=folder, record=CaseRecord.read(folder))
 
 
 def case_folder(store: Path, name: str) -> Path:
     """Where a case lies. Raises UserError for a name that would leave the store."""
     if not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise UserError(f"`{name}` cannot be the name of a case")
+        raise UserError(
+            f"`{name}` cannot be the name of a case",
+            hint="rename the image: the name of a case comes from its file name",
+        )
     return store / "cases" / name
 
 
@@ -215,7 +198,10 @@ def write_case(
     with np.errstate(over="ignore"):
         small = image.astype(np.float16)
     if not np.isfinite(small).all():
-        raise UserError(f"the prepared image holds {np.abs(image).max()}, which is too large to be stored")
+        raise UserError(
+            f"the prepared image holds {np.abs(image).max()}, which is too large to be stored",
+            hint="check the image for wrong intensities: `unetrkit check` shows their range",
+        )
     coordinates, kept, counts = pick_centres(small, label, classes)
     rows = coordinates[None, :, :, None]  # 1 n 3 1
     temporary = folder.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -224,7 +210,7 @@ def write_case(
             temporary.mkdir(parents=True)
         layouts = {
             "image": write_chunks(temporary / "image.chunks", small),
-            "label": write_chunks(temporary / "label.chunks", label[None]),
+            "label": write_chunks(temporary / "label.chunks", label[None], LABEL_CHUNK),
             "centres": write_chunks(temporary / "centres.chunks", rows, (CENTRES, 3, 1)),
         }
         record = CaseRecord(source, preprocessing, grid, counts, kept, layouts)
@@ -262,9 +248,8 @@ def pick_centres(
         if k == 0 and something[voxels].any():
             voxels = voxels[something[voxels]]
         if len(voxels) > CENTRES:
-            voxels = voxels[
-                np.sort(np.random.default_rng(k).choice(len(voxels), CENTRES, replace=False, shuffle=False))
-            ]
+            drawn = np.random.default_rng(k).choice(len(voxels), CENTRES, replace=False, shuffle=False)
+            voxels = voxels[np.sort(drawn)]
         chosen.append(voxels)
     rows = np.stack(np.unravel_index(np.concatenate(chosen), label.shape), axis=1)  # n 3
     small = max(label.shape) <= np.iinfo(np.int16).max
@@ -273,17 +258,11 @@ def pick_centres(
 
 def write_index(path: Path, name: str, cases: Sequence[Any]) -> None:
     """Finishes a store whose cases and plan.json are there. `cases` are a data set's (`datalist.Case`)."""
-    entries = [
-        {
-            "name": case.name,
-            "subject": case.subject,
-            "split": case.split,
-            "fold": case.fold,
-            "images": [str(image) for image in case.images],
-            "label": None if case.label is None else str(case.label),
-        }
-        for case in cases
-    ]
+    entries = []
+    for case in cases:
+        about = {key: getattr(case, key) for key in ("name", "subject", "split", "fold")}
+        label = None if case.label is None else str(case.label)
+        entries.append(about | {"images": [str(image) for image in case.images], "label_file": label})
     content = {"format": FORMAT, "name": name, "plan": sha256_file(path / "plan.json"), "cases": entries}
     atomic_write(path / "store.json", seal(content))
 
@@ -305,6 +284,7 @@ def unseal(path: Path) -> dict[str, Any]:
         raise Damaged(f"`{path}` is damaged: it is not what was written")
     if content.get("format") != FORMAT:
         raise UserError(
-            f"`{path}` has the store format {content.get('format')}, this version reads {FORMAT}", hint=AGAIN
+            f"`{path}` has the store format {content.get('format')}, this version reads {FORMAT}",
+            hint="run `unetrkit prepare` again: it redoes every case",
         )
     return content

@@ -60,7 +60,8 @@ def read_image(paths: Sequence[Path]) -> Volume:
         for path, source in zip(paths, sources, strict=True):
             if source.header.channels != 1:
                 raise UserError(
-                    f"`{path}` has {source.header.channels} channels, but is one of {len(paths)} files"
+                    f"`{path}` has {source.header.channels} channels, but is one of {len(paths)} files",
+                    hint="give one 4D file with all channels, or one 3D file per channel",
                 )
     if len(paths) == 1:
         stored = _values(paths[0], sources[0])
@@ -93,7 +94,10 @@ def read_label(path: Path) -> Volume:
             f"`{path}` has negative label values, down to {lowest}", hint="is it the image and not the label?"
         )
     if highest > np.iinfo(np.int32).max:
-        raise UserError(f"`{path}` has label values up to {highest}, beyond int32")
+        raise UserError(
+            f"`{path}` has label values up to {highest}, beyond int32",
+            hint="is it the image and not the label?",
+        )
     label = stored.astype(_smallest(highest), copy=False)
     return Volume(label.transpose(0, 3, 2, 1), source.header.affine)
 
@@ -201,7 +205,10 @@ def _whole_numbers(path: Path, stored: np.ndarray, source: Source) -> np.ndarray
             example = float(values[odd][0])
         out[...] = rounded
     if infinite:
-        raise UserError(f"`{path}` has {infinite} label voxels that are NaN, infinite or beyond int32")
+        raise UserError(
+            f"`{path}` has {infinite} label voxels that are NaN, infinite or beyond int32",
+            hint="draw or resample the label again with whole numbers; is it the image and not the label?",
+        )
     if fractions:
         raise UserError(
             f"`{path}` has {fractions} label voxels that are not whole numbers, such as {example:.6g}",

@@ -146,7 +146,9 @@ def _check_out(out: Path) -> None:
                 hint="name an empty or new folder",
             )
     elif out.exists():
-        raise UserError(f"`{out}` is a file, and a folder is wanted for the report")
+        raise UserError(
+            f"`{out}` is a file, and a folder is wanted for the report", hint="name an empty or new folder"
+        )
 
 
 def _undeclared_notes(measured: Sequence[Measured]) -> list[str]:

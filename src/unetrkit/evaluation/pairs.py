@@ -53,7 +53,10 @@ def pair_cases(predictions: Path, dataset: Dataset) -> tuple[list[Pair], list[st
     ]
     unlabelled = len(files) - len(pairs)
     if not pairs:
-        raise UserError(f"none of the cases predicted in `{predictions}` has a label to compare with")
+        raise UserError(
+            f"none of the cases predicted in `{predictions}` has a label to compare with",
+            hint="predict cases that have a label: `unetrkit predict DATALIST … --split validation`",
+        )
     return pairs, [f"Predicted cases without a label, left out: {unlabelled}."] if unlabelled else []
 
 

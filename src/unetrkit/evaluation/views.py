@@ -52,7 +52,10 @@ def _view(case: CaseMetrics, pair: Pair, plan: Plan | None) -> View:
     shape = image.array.shape[1:]
     difference = same_grid(image.affine, shape, label.affine, label.array.shape[1:])
     if difference is not None:
-        raise UserError(f"`{pair.label}` is not on the grid of `{pair.case.images[0]}`: {difference}")
+        raise UserError(
+            f"`{pair.label}` is not on the grid of `{pair.case.images[0]}`: {difference}",
+            hint="`unetrkit check` finds every such case",
+        )
     organ = worst_organ(case)
     picture = figures.slices_figure(
         _upright(image),

@@ -24,7 +24,8 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
     """
     if (inputs.is_file() and inputs.suffix.lower() not in LISTS) or _is_series(inputs):
         return [Case(stem(inputs), (inputs.absolute(),), None, stem(inputs), "test")]
-    cases = list(read_dataset(inputs, allow_outside=allow_outside).cases)
+    channels = len(models[0].plan.channels)
+    cases = list(read_dataset(inputs, allow_outside=allow_outside, channels=channels).cases)
     chosen = cases
     if split == "test":
         chosen = [case for case in cases if case.split == "test"]
@@ -34,7 +35,10 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
     elif split != "all":
         raise UserError(f"`{split}` is not a split", hint="training, validation, test or all")
     if not chosen:
-        raise UserError(f"`{inputs}` has no {split} cases among its {len(cases)}")
+        raise UserError(
+            f"`{inputs}` has no {split} cases among its {len(cases)}",
+            hint="choose another `--split`: training, validation, test or all",
+        )
     return chosen
 
 
@@ -77,7 +81,8 @@ def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
         if model.description["image_size"] != first.description["image_size"]:
             raise UserError(
                 f"`{path}` and `{paths[0]}` cannot be averaged: they see windows of "
-                f"{model.description['image_size']} and {first.description['image_size']} voxels"
+                f"{model.description['image_size']} and {first.description['image_size']} voxels",
+                hint="average runs of one patch size, or use one model at a time",
             )
 
 

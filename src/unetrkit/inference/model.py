@@ -26,6 +26,7 @@ from unetrkit.errors import UserError
 
 FORMAT = "unetrkit-model"
 FILES = ("model.json", "weights.safetensors")
+COPY = "copy the whole model folder again: its two files belong together"
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     folder = _folder(path)
     description = _description(folder / FILES[0])
     weights = folder / FILES[1]
+    if not weights.exists():
+        raise UserError(f"there is no file `{weights}`", hint=COPY)
     if sha256_file(weights) != description.sha256:
         raise UserError(
             f"`{weights}` is not the file that `{FILES[0]}` was written with: its SHA-256 differs",
-            hint="copy the model folder again; a damaged or edited file is not used",
+            hint=COPY,
         )
     network = build(
         description.network,
@@ -121,7 +124,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     try:
         tensors = safetensors.torch.load_file(weights)
     except SafetensorError as error:
-        raise UserError(f"`{weights}` is not a safetensors file: {error}") from error
+        raise UserError(f"`{weights}` is not a safetensors file: {error}", hint=COPY) from error
     _compare(network.state_dict(), tensors, weights)
     network.load_state_dict(tensors)
     return Model(network.to(device).eval(), description.plan, description.model_dump(mode="json"))
@@ -148,7 +151,10 @@ def _folder(path: Path) -> Path:
         if (folder / FILES[0]).is_file():
             return folder
     if not path.exists():
-        raise UserError(f"there is no model `{path}`")
+        raise UserError(
+            f"there is no model `{path}`",
+            hint="give the run folder, or the `model` folder in it; `unetrkit train` makes one",
+        )
     if path.is_file():
         raise UserError(
             f"`{path}` is a file, but a model is a folder with `{FILES[0]}` and `{FILES[1]}`",
@@ -163,7 +169,10 @@ def _folder(path: Path) -> Path:
 def _description(path: Path) -> Description:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"`{path}` does not describe a model: its `format` is not `{FORMAT}`")
+        raise UserError(
+            f"`{path}` does not describe a model: its `format` is not `{FORMAT}`",
+            hint="give the run folder, or the `model` folder in it",
+        )
     if content.get("version") != 1:
         raise UserError(
             f"`{path}` is of version {json.dumps(content.get('version'))[:40]}, this program reads version 1",
@@ -174,13 +183,17 @@ def _description(path: Path) -> Description:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"`{path}` is not a sound description: `{where}`: {first['msg']}") from error
+        raise UserError(
+            f"`{path}` is not a sound description: `{where}`: {first['msg']}", hint=COPY
+        ) from error
     for said, planned, what in (
         (description.in_channels, len(description.plan.channels), "channels"),
         (description.classes, len(description.plan.classes), "classes"),
     ):
         if said != planned:
-            raise UserError(f"`{path}` describes a network with {said} {what} and a plan with {planned}")
+            raise UserError(
+                f"`{path}` describes a network with {said} {what} and a plan with {planned}", hint=COPY
+            )
     return description
 
 
@@ -199,5 +212,6 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: 
         raise UserError(
             f"`{path}` does not hold the weights of the network that `{FILES[0]}` describes: "
             + ", ".join(sorted(differences)[:3])
-            + more
+            + more,
+            hint=COPY,
         )

@@ -152,7 +152,7 @@ def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[
     """Every case with its image on the plan's grid, prepared one case ahead in a thread."""
 
     def prepare(case: Case) -> tuple[np.ndarray, Grid]:
-        return preprocess(read_image(case.images), plan)
+        return preprocess(read_image(case.images), plan, f"`{case.images[0]}`")
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, cases[0])
@@ -188,7 +188,7 @@ def _labels(
     score = scores_of(
         networks,
         mirrors=[AXES.index(axis) for axis in settings.mirrors],
-        swap=mirrored_channels(plan) if plan.mirror_pairs else (),
+        swap=plan.mirrored,
         bf16=settings.amp == "bf16",
     )
     # padding is air, as it was in training (`sampling.read_patch`)
@@ -214,15 +214,6 @@ def _labels(
             f"not enough memory for windows of {window} voxels",
             hint="`amp=bf16` needs less, `device=cpu` uses the main memory",
         ) from error
-
-
-def mirrored_channels(plan: Plan) -> list[int]:
-    """The class that stands in each class's place in a left-right mirror image."""
-    position = {label_class.id: k for k, label_class in enumerate(plan.classes)}
-    order = list(range(len(plan.classes)))
-    for left, right in plan.mirror_pairs:
-        order[position[left]], order[position[right]] = position[right], position[left]
-    return order
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def scores_of(
     mean of their softmax probabilities, because the logits of different networks have no common scale.
 
     `mirrors`: spatial axes (0, 1, 2); every combination of them is one more view. `swap`: the channel that
-    takes each channel's place in a mirror image along x (left and right organs), where there are any.
+    takes each channel's place in a mirror image (`Plan.mirrored`), which an odd number of flips makes.
     """
     axes = [flips for n in range(len(mirrors) + 1) for flips in combinations(mirrors, n)]
     alone = len(networks) == 1 and len(axes) == 1
@@ -69,7 +69,7 @@ def scores_of(
         if alone:
             return logits
         probabilities = logits.softmax(1).flip(dims)
-        return probabilities[:, list(swap)] if swap and 0 in flips else probabilities
+        return probabilities[:, list(swap)] if swap and len(flips) % 2 else probabilities
 
     def score(windows: Tensor) -> Tensor:
         device = next(networks[0].parameters(), windows).device

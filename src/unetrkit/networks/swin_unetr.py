@@ -1,0 +1,65 @@
+"""Swin UNETR: a Swin transformer encodes, convolutions decode.
+
+Hatamizadeh et al. 2022, https://arxiv.org/abs/2201.01266
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from unetrkit.errors import UserError
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, check_rate
+from unetrkit.networks.swin import SwinEncoder
+
+
+def swin_unetr(
+    in_channels: int,
+    classes: int,
+    image_size: tuple[int, int, int] = (96, 96, 96),
+    *,
+    feature_size: int = 24,
+    merging: Literal["full", "published"] = "full",
+    relative_positions: Literal["exact", "sliced"] = "exact",
+    drop_path: float = 0.0,
+    checkpointing: bool = False,
+) -> EncoderDecoder:
+    """Swin UNETR: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
+
+    Any size of 1 or more, odd ones too: maps are padded where they are halved and cropped where they are
+    doubled again, so that 48 x 64 x 48 costs what it is. `image_size` decides nothing here.
+
+    Args:
+        feature_size: channels at full and half resolution, a multiple of 12; they double at each level down.
+        merging: how 2 x 2 x 2 tokens are joined, see `CORNERS`; published weights need "published".
+        relative_positions: how windows smaller than 7 read the bias table, see `relative_index`; published
+            weights need "sliced".
+        drop_path: probability that the last block is dropped in training; it rises from 0 at the first.
+        checkpointing: compute activations twice instead of keeping them.
+
+    Raises:
+        UserError: an option has a value that the network cannot have.
+    """
+    if feature_size < 12 or feature_size % 12:
+        raise UserError(f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 24")
+    check_rate("drop_path", drop_path)
+    encoder = SwinEncoder(
+        in_channels,
+        feature_size,
+        merging=merging,
+        relative_positions=relative_positions,
+        drop_path=drop_path,
+        checkpointing=checkpointing,
+    )
+    half, quarter, eighth, _, bottom = encoder.channels
+    skip = [
+        ResidualBlock(in_channels, feature_size),
+        ResidualBlock(half, half),
+        ResidualBlock(quarter, quarter),
+        ResidualBlock(eighth, eighth),
+        nn.Identity(),
+        ResidualBlock(bottom, bottom),
+    ]
+    decoder = Decoder((feature_size, *encoder.channels), classes, checkpointing=checkpointing)
+    return EncoderDecoder(encoder, skip, decoder)

@@ -1,0 +1,240 @@
+"""Windows over a grid of tokens as index tables, and attention within them without keeping scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Size = tuple[int, int, int]
+Made = TypeVar("Made")
+
+# scores worked on at a time on a CPU: 2 MB, a core's cache (measured: 4 windows of 343 tokens)
+SCORES = 500_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """Windows that padding and shift cut alike."""
+
+    windows: int  # how many
+    rows: Tensor  # m, their places that hold a token
+    mask: Tensor | None  # m n, added to the scores of those
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the tokens of a grid lie in windows, group after group.
+
+    Queries are tokens only; keys are all places, padding too.
+    """
+
+    size: Size  # of a window
+    groups: tuple[Group, ...]
+    query: Tensor  # for each query its token
+    answer: Tensor  # for each token its query
+    key: Tensor  # for each key its token, or the number of tokens where the place is padding
+    place: Tensor  # for each token its key
+    padding: Tensor  # the keys that are padding
+
+
+def windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Windows:
+    """The windows of a grid, remembered; an axis no longer than a window is one window, and not shifted."""
+    return _remembered(_windows, grid, window, shifted, device)
+
+
+def relative_index(size: Size, window: int, sliced: bool, device: torch.device) -> Tensor:
+    """Which row of the bias table belongs to each pair of places in a window, (n, n), remembered.
+
+    `sliced` is what the published networks do where the window is smaller than the one the table was made
+    for: they cut the corner of the full window's index, by which most pairs read another displacement's row
+    (98 % of them at 6 x 6 x 6). Their weights were trained so.
+    """
+    return _remembered(_relative_index, size, window, sliced, device)
+
+
+def _remembered(make: Callable[..., Made], *question: object) -> Made:
+    # what is made while a compiler looks on is not a real tensor and must not be remembered
+    if torch.compiler.is_compiling():
+        return make.__wrapped__(*question)  # type: ignore[attr-defined]
+    # else the first prediction would leave tensors behind that training cannot use
+    with torch.inference_mode(False):
+        return make(*question)
+
+
+@lru_cache(maxsize=64)
+def _relative_index(size: Size, window: int, sliced: bool, device: torch.device) -> Tensor:
+    n = prod(size)
+    if sliced:
+        size = (window, window, window)
+    places = torch.cartesian_prod(*(torch.arange(extent) for extent in size))  # n 3
+    apart = places[:, None] - places + window - 1  # n n 3
+    span = 2 * window - 1
+    index = (apart[..., 0] * span + apart[..., 1]) * span + apart[..., 2]
+    return index[:n, :n].contiguous().to(device)
+
+
+@lru_cache(maxsize=64)
+def _windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Windows:
+    total = prod(grid)
+    groups, keys = [], []
+    for x, y, z in product(*(_slabs(extent, window, shifted) for extent in grid)):
+        i = x.source[:, None, None, :, None, None]
+        j = y.source[:, None, None, :, None]
+        k = z.source[:, None, None, :]
+        token = (i * grid[1] + j) * grid[2] + k  # windows x y z, places x y z
+        inside = (i >= 0) & (j >= 0) & (k >= 0)
+        own = torch.where(inside, token, total).flatten(3).flatten(0, 2)  # w n
+        rows = torch.nonzero(own[0] < total).flatten()
+        part = torch.cartesian_prod(x.part, y.part, z.part)  # n 3
+        apart = (part[:, None] != part).any(dim=2)
+        # The published mask is -100: the same weights to 1e-43, but as subnormal numbers, with which a CPU's
+        # softmax takes 12 times as long.
+        mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf)[rows].to(device)
+        keys.append(own.flatten())
+        groups.append(Group(len(own), rows.to(device), mask if apart.any() else None))
+    key = torch.cat(keys)
+    query = key[key < total]
+    answer = query.argsort()
+    place = torch.nonzero(key < total).flatten()[answer]
+    padding = torch.nonzero(key == total).flatten()
+    size = (min(grid[0], window), min(grid[1], window), min(grid[2], window))
+    return Windows(size, tuple(groups), *(table.to(device) for table in (query, answer, key, place, padding)))
+
+
+class _Slab(NamedTuple):
+    """Windows of one axis that are cut alike."""
+
+    source: Tensor  # w n, the position on the axis that is in each place, -1 where that is padding
+    part: Tensor  # n, which places the shift did not bring together from opposite ends of the axis
+
+
+def _slabs(extent: int, window: int, shifted: bool) -> list[_Slab]:
+    """An axis cut into windows: padded at its end to whole windows, then rolled by the shift."""
+    n = min(extent, window)
+    shift = window // 2 if shifted and extent > window else 0
+    padded = extent + -extent % n
+    source = (torch.arange(padded) + shift) % padded
+    source = torch.where(source < extent, source, -1).view(-1, n)
+    # the last window holds the end of the axis and, rolled, its beginning
+    last = (torch.arange(len(source)) == len(source) - 1) & (shift > 0)
+    slabs = []
+    for kind in torch.unique(torch.column_stack((source >= 0, last)), dim=0):
+        alike = (torch.column_stack((source >= 0, last)) == kind).all(dim=1)
+        slabs.append(_Slab(source[alike], (torch.arange(n) >= n - shift) & kind[-1]))
+    return slabs
+
+
+class _Take(torch.autograd.Function):
+    """x[:, index], where `index` holds every row of x once; or its last row, padding, at each of `padding`.
+
+    `back` says where each row went: with it the gradient is a look-up too, where torch's adds up row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.back, ctx.padding = back, padding  # type: ignore[attr-defined]
+        return x.index_select(1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, padding = ctx.back, ctx.padding  # type: ignore[attr-defined]
+        rows = gradient.index_select(1, back)
+        if padding is not None:
+            rows = torch.cat((rows, gradient.index_select(1, padding).sum(1, keepdim=True)), dim=1)
+        return rows, None, None, None
+
+
+def attend(qkv: Tensor, padding: Tensor, bias: Tensor, layout: Windows) -> Tensor:
+    """Attention within windows.
+
+    qkv: (b, n, 3, h, d), the tokens; padding: (3, h, d), what stands where a window has no token;
+    bias: (h, m, m), added to the scores of a window's m places. Returns (b, n, h, d).
+    """
+    b, _, _, h, d = qkv.shape
+    q = _Take.apply(qkv[:, :, 0], layout.query, layout.answer, None)
+    kv = torch.cat((qkv[:, :, 1:], padding[1:].to(qkv.dtype).expand(b, 1, 2, h, d)), dim=1)
+    kv = _Take.apply(kv, layout.key, layout.place, layout.padding)
+    n = prod(layout.size)
+    queries = q.split([group.windows * len(group.rows) for group in layout.groups], dim=1)
+    keys = kv.split([group.windows * n for group in layout.groups], dim=1)
+    answers = []
+    for group, own, other in zip(layout.groups, queries, keys, strict=True):
+        m = len(group.rows)
+        own = own.reshape(b * group.windows, m, h, d).transpose(1, 2)  # b*w h m d
+        k, v = other.reshape(b * group.windows, n, 2, h, d).permute(2, 0, 3, 1, 4)  # b*w h n d
+        scores = bias if m == n else bias.index_select(1, group.rows)
+        scores = scores if group.mask is None else scores + group.mask  # h m n
+        answers.append(_attention(own, k, v, scores).transpose(1, 2).reshape(b, -1, h, d))
+    result: Tensor = _Take.apply(torch.cat(answers, dim=1), layout.answer, layout.query, None)
+    return result
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d) + bias) v for q (w, h, m, d), k and v (w, h, n, d), bias (h, m, n)."""
+    if q.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x: Tensor = _CpuAttention.apply(q, k, v, bias)
+        return x
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+
+
+class _CpuAttention(torch.autograd.Function):
+    """`_attention` on a CPU, with a gradient for the bias.
+
+    torch has a fused CPU kernel, but not for a mask that wants a gradient: then it writes the scores of all
+    windows to memory, several times. Here the forward pass is the fused kernel, and the backward pass
+    computes the scores again, as many windows at a time as a core's cache holds: 2.5 times as fast, and no
+    scores are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        # detached: the fused kernel is refused to a mask that wants a gradient, even where none is recorded
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach()[None].to(q.dtype))
+        ctx.save_for_backward(q, k, v, bias, x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, bias, x = ctx.saved_tensors  # type: ignore[attr-defined]
+        w, _, m, d = q.shape
+        n = k.shape[2]
+        dtype, scale = q.dtype, d**-0.5
+        # float32 under autocast too; head after head, whose bias and bias gradient then stay in the cache
+        given = (q, k, v, gradient, x)
+        q, k, v, g, x = (t.to(bias.dtype).transpose(0, 1).contiguous() for t in given)  # h w m d
+        q = q * scale
+        qt, gt = q.transpose(2, 3).contiguous(), g.transpose(2, 3).contiguous()  # h w d m
+        # a softmax's gradient subtracts a number from each row: one more column does it within the product
+        g1 = torch.cat((g, -(g * x).sum(3, keepdim=True)), dim=3)
+        v1 = F.pad(v, (0, 1), value=1.0)
+        dq, dk, dv = torch.empty_like(q), qt.new_empty(*qt.shape[:3], n), qt.new_empty(*qt.shape[:3], n)
+        dbias = torch.zeros_like(bias)
+        step = min(w, max(1, SCORES // (m * n)))
+        p_space, s_space = q.new_empty(2, step, m, n)
+        for h, own in enumerate(bias):
+            parts = (t[h].split(step) for t in (q, k, v1, g1, qt, gt, dq, dk, dv))
+            for qc, kc, v1c, g1c, qtc, gtc, dqc, dkc, dvc in zip(*parts, strict=True):
+                p, s = p_space[: len(qc)], s_space[: len(qc)]
+                torch.baddbmm(own.expand_as(s), qc, kc.transpose(1, 2), out=s)
+                torch.softmax(s, dim=-1, out=p)
+                torch.bmm(g1c, v1c.transpose(1, 2), out=s)
+                s *= p
+                for window in s:
+                    dbias[h] += window
+                torch.bmm(s, kc, out=dqc)
+                # with the long side last these products are three times as fast as the other way round
+                torch.bmm(qtc, s, out=dkc)
+                torch.bmm(gtc, p, out=dvc)
+        dq = (dq * scale).transpose(0, 1).to(dtype)
+        return dq, dk.permute(1, 0, 3, 2).to(dtype), dv.permute(1, 0, 3, 2).to(dtype), dbias

@@ -1,0 +1,142 @@
+"""What a step of training changes, and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.swa_utils import AveragedModel
+
+from unetrkit.data.sampling import generator_for
+from unetrkit.errors import UserError
+from unetrkit.training.ema import average_of
+from unetrkit.training.optim import OptimSettings, build_optimizer
+
+if TYPE_CHECKING:
+    from unetrkit.training.loop import LoopSettings
+
+Batch = dict[str, Tensor]
+LOWEST_SCALE = 2.0**-14  # a loss that still overflows float16 at this scale will not stop doing so
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is NaN or infinite; no weight was changed."""
+
+
+@dataclass
+class Learner:
+    """The objective (on its device) and everything with tensors that goes with it."""
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    average: AveragedModel | None
+    precision: torch.dtype | None  # what autocast computes in; None: float32
+
+    @property
+    def subject(self) -> nn.Module:
+        """What is validated and exported: the averaged objective where there is one."""
+        return self.average.module if self.average else self.objective
+
+    def state_dict(self) -> dict[str, object]:
+        state = {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        return state | ({"average": self.average.state_dict()} if self.average else {})
+
+    def load_state_dict(self, state: dict) -> None:
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+
+def build_learner(objective: nn.Module, settings: LoopSettings, optim: OptimSettings) -> Learner:
+    """A learner that has not learnt yet. Raises UserError for a GPU that is not there."""
+    device = device_of(settings.device)
+    precision = precision_of(settings.amp, device)
+    objective = objective.to(device).train()
+    return Learner(
+        objective,
+        build_optimizer(objective, optim),
+        GradScaler(device.type, enabled=precision == torch.float16),
+        None if settings.ema is None else average_of(objective, settings.ema),
+        precision,
+    )
+
+
+def take_step(
+    learner: Learner, stream: Iterator[Batch], step: int, rate: float, settings: LoopSettings
+) -> dict[str, float]:
+    """One step of the optimizer at `rate` on the next `settings.accumulate` batches; the mean losses.
+
+    Raises NotFinite before any weight is touched.
+    """
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    learner.optimizer.zero_grad()
+    means = _accumulate_gradients(learner, stream, step, settings)
+    learner.scaler.unscale_(learner.optimizer)
+    weights = [p for p in learner.objective.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+    # the one place of a step that waits for the device
+    *values, grad_norm = torch.stack([*means.values(), norm]).tolist()
+    losses = dict(zip(means, values, strict=True))
+    _refuse_what_is_not_finite(losses["loss"], grad_norm, learner.scaler)
+    if settings.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(weights, settings.clip, norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    if learner.average:
+        learner.average.update_parameters(learner.objective)
+    return losses | {"lr": rate, "grad_norm": grad_norm}
+
+
+def _accumulate_gradients(
+    learner: Learner, stream: Iterator[Batch], step: int, settings: LoopSettings
+) -> dict[str, Tensor]:
+    device = next(learner.objective.parameters()).device
+    means: dict[str, Tensor] = {}
+    for number in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+        batch = {name: part.to(device, non_blocking=True) for name, part in next(stream).items()}
+        # dropout and drop path are a function of the batch's number: a resumed run needs no generator's state
+        # (the zeros keep this stream apart from those of the patches, which have fewer counters)
+        torch.manual_seed(generator_for(settings.seed, number, 0, 0, 0).initial_seed())
+        with torch.autocast(device.type, learner.precision, enabled=learner.precision is not None):
+            losses = learner.objective(batch)
+        learner.scaler.scale(losses["loss"] / settings.accumulate).backward()
+        for name, value in losses.items():
+            share = value.detach().float() / settings.accumulate
+            means[name] = means[name] + share if name in means else share
+    return means
+
+
+def _refuse_what_is_not_finite(loss: float, grad_norm: float, scaler: GradScaler) -> None:
+    if not math.isfinite(loss):
+        raise NotFinite("loss")
+    # the scaler skips a step whose gradient overflows float16 and halves its scale; without it nothing would
+    overflow_is_usual = scaler.is_enabled() and scaler.get_scale() > LOWEST_SCALE
+    if not math.isfinite(grad_norm) and not overflow_is_usual:
+        raise NotFinite("gradient")
+
+
+def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a setting names. Raises UserError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("`loop.device` is cuda, but torch finds no GPU", hint="`loop.device=auto` needs none")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def precision_of(amp: Literal["auto", "off", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None for float32. `auto` is bf16 on a GPU that has it."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -1,0 +1,120 @@
+"""What a run says: `metrics.jsonl` for programs, one live line on stderr for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from unetrkit.data.files import atomic_write, write_problems
+
+PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
+
+
+class Metrics:
+    """`metrics.jsonl`: a record per line, appended. No times: a resumed run writes the same bytes."""
+
+    def __init__(self, path: Path, upto: Mapping[str, int]) -> None:
+        """Opens the file; what a killed process wrote after the last step `upto` of each event is cut off."""
+        kept = []
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                    if not line.endswith(b"\n") or record["step"] > upto[record["event"]]:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    break
+                kept.append(line)
+        atomic_write(path, b"".join(kept))
+        self._path = path
+        self._file = open(path, "ab")
+
+    def write(self, step: int, event: str, values: Mapping[str, float]) -> None:
+        """Appends {"step", "event", …}; NaN and infinity, which JSON does not have, become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = json.dumps({"step": step, "event": event, **finite}, ensure_ascii=False)
+        with write_problems(self._path):
+            self._file.write(record.encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """On disk before the checkpoint that vouches for it."""
+        with write_problems(self._path):
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class Progress:
+    """The live line; where stderr is not a terminal, a plain line now and then."""
+
+    def __init__(self, start: int, stop: int, patches_per_step: int) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._start, self._stop, self._patches = start, stop, patches_per_step
+        self._began = self._said = time.monotonic()
+        self._paused = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def step(self, step: int, loss: float) -> None:
+        """Called after every step, `step` being how many are done."""
+        now = time.monotonic()
+        terminal = self._console.is_terminal
+        if not terminal and now - self._said < PLAIN_SECONDS and step not in (self._start + 1, self._stop):
+            return
+        self._said = now
+        seconds = (now - self._began - self._paused) / (step - self._start)
+        left = duration(seconds * (self._stop - step))
+        rate = self._patches / max(seconds, 1e-9)
+        line = f"step {step}/{self._stop}  loss {loss:.4f}  {rate:.3g} patches/s  {left} left"
+        if terminal:
+            self._live.update(Text(line))
+        else:
+            self._console.print(line, markup=False)
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not training: validation, saving."""
+        self._paused += seconds
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, markup=False)
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Whole units, two at most.
+
+    >>> [duration(s) for s in (4.2, 75, 3725, 200_000)]
+    ['4 s', '1 min 15 s', '1 h 2 min', '2 d 7 h']
+    """
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"

@@ -1,0 +1,189 @@
+"""A training run: from a prepared store to a folder that goes on, repeats itself and predicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field, JsonValue
+from torch import nn
+
+import unetrkit
+from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.data.augment import AugmentSettings
+from unetrkit.data.files import atomic_write, read_json, write_problems
+from unetrkit.data.folds import split_cases
+from unetrkit.data.loader import batches
+from unetrkit.data.sampling import SamplingSettings, case_at
+from unetrkit.data.store import Store
+from unetrkit.errors import UserError
+from unetrkit.inference.model import save_model
+from unetrkit.inference.predict import PredictSettings
+from unetrkit.networks import build
+from unetrkit.training.learner import Batch, device_of, precision_of
+from unetrkit.training.log import say
+from unetrkit.training.loop import LoopSettings, State, fit
+from unetrkit.training.losses import LossSettings
+from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.segmentation import Segmentation
+from unetrkit.training.validation import Validation, ValidationSettings
+
+# what may change when a run goes on: where things are and how fast, not what is computed
+FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+
+
+class TrainSettings(Settings):
+    """Everything about a training run; a recipe states what differs from these."""
+
+    # the store that `unetrkit prepare` made
+    data: Path
+    # the run's folder; null: runs/NETWORK-STORE
+    out: Path | None = None
+    network: str
+    # what the network's own entry in `networks` takes
+    network_options: dict[str, JsonValue] = Field(default_factory=dict)
+    # null: the data list's own validation cases, else fold 0
+    fold: int | None = Field(default=None, ge=0)
+    sampling: SamplingSettings = SamplingSettings()
+    augment: AugmentSettings = AugmentSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    loop: LoopSettings = LoopSettings()
+    validation: ValidationSettings = ValidationSettings()
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The batches of a run, by their number."""
+
+    store: Path
+    names: tuple[str, ...]
+    settings: TrainSettings
+
+    @property
+    def size(self) -> int:
+        return self.settings.sampling.batch_size
+
+    def __call__(self, start: int, stop: int) -> Generator[Batch]:
+        yield from batches(
+            self.store,
+            self.names,
+            self.settings.sampling,
+            self.settings.augment,
+            seed=self.settings.loop.seed,
+            steps=range(start, stop),
+            workers=self.settings.loop.workers,
+        )
+
+    def cases(self, number: int) -> list[str]:
+        sampling, seed = self.settings.sampling, self.settings.loop.seed
+        first, stop = number * sampling.batch_size, (number + 1) * sampling.batch_size
+        positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
+        return [self.names[case_at(seed, position, len(self.names))] for position in positions]
+
+
+def train(settings: TrainSettings) -> State:
+    """Trains a network, or goes on where the same command stopped; a finished run stays as it is.
+
+    Writes config.yaml (all settings), run.json (plan and cases), metrics.jsonl, the checkpoints `last` and
+    `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError for what the
+    user can correct and Interrupted for Ctrl-C or SIGTERM.
+    """
+    store = Store.open(settings.data)
+    out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
+    settings = settings.model_copy(update={"data": settings.data.resolve(), "out": out.resolve()})
+    training, validation = split_cases(store.cases, settings.fold)
+    plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
+    torch.manual_seed(settings.loop.seed)
+    options = dict(settings.network_options)
+    network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
+    device = device_of(settings.loop.device)
+    bf16 = precision_of(settings.loop.amp, device) == torch.bfloat16
+    measure = Validation(
+        plan,
+        validation[: settings.validation.cases],
+        PredictSettings(
+            overlap=settings.validation.overlap,
+            window=patch,
+            amp="bf16" if bf16 else "off",
+            device=device.type,
+        ),
+    )
+    names = tuple(case.name for case in training)
+    record = {"plan": store.plan_hash, "training": names, "validation": [case.name for case in validation]}
+    _open(out, settings, record)
+    say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
+
+    def export(objective: nn.Module, state: State) -> None:
+        save_model(
+            out / "model",
+            objective.get_submodule("network"),
+            name=settings.network,
+            image_size=patch,
+            options=options,
+            plan=plan,
+            origin={"run": out.name, "fold": settings.fold, "step": state.best_step, **state.best},
+        )
+
+    state = fit(
+        Segmentation(network, settings.loss),
+        Patches(settings.data, names, settings),
+        out,
+        settings.loop,
+        settings.optim,
+        validate=lambda objective: measure(objective.get_submodule("network")),
+        better="dice",
+        export=export,
+    )
+    say(f"finished {state.step} steps; the best, dice {state.best['dice']:.4f}, is of step {state.best_step}")
+    say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
+    return state
+
+
+def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> None:
+    """A new run's folder, or the same run's. Raises UserError for any other."""
+    config, record = out / "config.yaml", out / "run.json"
+    if config.exists():
+        _same_run(load_recipe(TrainSettings, config), settings, out)
+        began = read_json(record) if record.exists() else made_of
+        for name, value in json.loads(json.dumps({**made_of})).items():
+            if not isinstance(began, dict) or began.get(name) != value:
+                what = "another plan" if name == "plan" else f"other {name} cases"
+                raise UserError(
+                    f"`{settings.data}` has {what} than when the run in `{out}` began",
+                    hint="another `out` begins a new run",
+                )
+    elif out.exists() and (not out.is_dir() or any(not f.name.startswith(".") for f in out.iterdir())):
+        raise UserError(f"`{out}` holds something that is not a run", hint="name a new folder as `out`")
+    with write_problems(out):
+        out.mkdir(parents=True, exist_ok=True)
+    atomic_write(config, to_yaml(settings).encode())
+    atomic_write(record, json.dumps({**made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
+
+
+def _same_run(before: TrainSettings, now: TrainSettings, out: Path) -> None:
+    """Settings that change what is computed must be the same; a longer run must begin with the same rates."""
+    old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, now))
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
+    if differing == ["loop.steps"]:
+        steps, more = before.loop.steps, now.loop.steps
+        same = (learning_rate(s, steps, now.optim) == learning_rate(s, more, now.optim) for s in range(steps))
+        if more > steps and all(same):
+            return
+        raise UserError(
+            f"`{out}` holds a run of {steps} steps, not of {more}",
+            hint="it can go on for longer if its `optim.schedule` is constant; else choose another `out`",
+        )
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"`{out}` holds another run: its `{name}` is {_json(old.get(name))}, not {_json(new.get(name))}",
+            hint="another `out` begins a new run; with its own settings this one goes on",
+        )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

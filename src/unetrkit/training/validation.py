@@ -1,0 +1,73 @@
+"""Validation while training: what the report measures, on the original grid, cheap enough to repeat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from unetrkit.config import Settings
+from unetrkit.data.geometry import reorient
+from unetrkit.data.plan import Plan
+from unetrkit.data.store import StoredCase
+from unetrkit.data.volume import read_label
+from unetrkit.errors import UserError
+from unetrkit.evaluation.metrics import dice_scores
+from unetrkit.inference.predict import PredictSettings, predict_stored
+
+KEPT_LABELS = 512 * 2**20  # bytes of original labels that stay in memory between validations
+
+
+class ValidationSettings(Settings):
+    """How much of a validation; the report at the end measures everything."""
+
+    # of neighbouring windows
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    # the first of the validation cases; null: all
+    cases: Annotated[int, Field(ge=1)] | None = None
+
+
+class Validation:
+    """Mean Dice of a network over the organs, and Dice of each: {"dice": …, "dice/spleen": …}.
+
+    An organ's Dice is its mean over the cases where it is defined (see `evaluation.metrics`), NaN where it is
+    defined in none; "dice" is the mean over the organs that have one.
+    """
+
+    def __init__(self, plan: Plan, cases: Sequence[StoredCase], settings: PredictSettings) -> None:
+        self._plan = plan
+        self._cases = cases
+        self._settings = settings
+        self._kept: dict[str, np.ndarray] = {}
+
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
+        found: dict[int, list[float]] = {organ: [] for organ in organs}
+        for case in self._cases:
+            prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
+            for organ, dice in dice_scores(self._truth(case), prediction, list(organs)).items():
+                if dice is not None:
+                    found[organ].append(dice)
+        means = {organ: fmean(values) if values else math.nan for organ, values in found.items()}
+        defined = [mean for mean in means.values() if not math.isnan(mean)]
+        named = {f"dice/{organs[organ]}": mean for organ, mean in means.items()}
+        return {"dice": fmean(defined) if defined else math.nan} | named
+
+    def _truth(self, case: StoredCase) -> np.ndarray:
+        """The case's own label, (x, y, z) ids, in the axis order of its image."""
+        if case.name not in self._kept:
+            if case.label_file is None:
+                raise UserError(
+                    f"case `{case.name}` has no label to validate against",
+                    hint="give it one in the data list, and run `unetrkit prepare` again",
+                )
+            truth = reorient(read_label(case.label_file), np.asarray(case.grid.affine)).array[0]
+            if truth.nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT_LABELS:
+                return truth
+            self._kept[case.name] = truth
+        return self._kept[case.name]

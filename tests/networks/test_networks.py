@@ -1,0 +1,204 @@
+"""What holds for every network of the table, whatever it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unetrkit.errors import UserError
+from unetrkit.networks import NETWORKS, build
+from unetrkit.networks.blocks import instance_norm
+
+CUBE = (96, 96, 96)
+ODD = (35, 18, 50)
+
+# ours without MONAI's 18,432 that are never used
+PARAMETERS = {
+    ("unetr", 16): 92_784_046,
+    ("unetr", 32): 101_787_214,
+    ("swin_unetr_tiny", 12): 4_078_220,
+    ("swin_unetr_small", 24): 15_703_304,
+    ("swin_unetr_base", 48): 62_187_296,
+}
+
+
+def quick(name: str, **options: object) -> nn.Module:
+    """A network of the family `name`, seeded, for a small grid of patches."""
+    torch.manual_seed(0)
+    return build(name, 2, 3, (32, 32, 32), options)
+
+
+def image(*size: int, batch: int = 2) -> Tensor:
+    return torch.rand(batch, 2, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("name", "feature_size"), PARAMETERS)
+def test_parameter_count_is_the_published_one(name: str, feature_size: int) -> None:
+    with torch.device("meta"):
+        network = build(name, 1, 14, CUBE, {"feature_size": feature_size})
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name, feature_size]
+    assert len(network.state_dict()) == len(list(network.parameters()))  # no tables, nothing twice
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_gets_a_gradient_at_an_odd_size(name: str) -> None:
+    network = quick(name)
+    logits = network(image(*ODD))
+    assert logits.shape == (2, 3, *ODD)
+    logits.square().mean().backward()
+    still = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 5), (17, 32, 31)])
+def test_any_size_trains_even_a_single_voxel(name: str, size: tuple[int, int, int]) -> None:
+    network = quick(name)
+    logits = network(image(*size))
+    assert logits.shape == (2, 3, *size)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_instance_norm_of_one_voxel_is_zero() -> None:
+    x = torch.full((2, 3, 1, 1, 1), 7.0, requires_grad=True)
+    y = instance_norm(x)
+    y.sum().backward()
+    assert y.abs().max() == 0
+    assert x.grad is not None and x.grad.abs().max() == 0
+
+
+def test_instance_norm_equals_its_formula() -> None:
+    x = 5 + 3 * torch.randn(2, 3, 4, 5, 6, dtype=torch.double)
+    variance, mean = torch.var_mean(x, dim=(2, 3, 4), correction=0, keepdim=True)
+    torch.testing.assert_close(instance_norm(x), (x - mean) / (variance + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+def test_checkpointing_changes_neither_logits_nor_gradients(name: str) -> None:
+    rate = {"unetr": "dropout", "swin_unetr_tiny": "drop_path"}[name]
+    gradients, outputs = [], []
+    for checkpointing in (False, True):
+        network = quick(name, checkpointing=checkpointing, **{rate: 0.5})
+        torch.manual_seed(2)
+        outputs.append(network(image(20, 33, 16)))
+        outputs[-1].square().mean().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert torch.equal(*outputs)
+    for kept, computed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, computed)
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+def test_bfloat16_is_finite_and_near_float32(name: str) -> None:
+    network = quick(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network(image(33, 48, 20))
+    half.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    whole = network(image(33, 48, 20))
+    assert (half - whole).norm() < 0.03 * whole.norm()
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+def test_prediction_equals_training_without_dropping(name: str) -> None:
+    network = quick(name)
+    trained = network(image(32, 40, 24))
+    network.eval()
+    with torch.inference_mode():  # leaves nothing behind that a later training step would stumble on
+        torch.testing.assert_close(network(image(32, 40, 24)), trained, rtol=1e-4, atol=1e-5)
+    network.train()(image(32, 40, 24)).sum().backward()
+
+
+def test_prediction_first_does_not_stop_training_after() -> None:
+    from unetrkit.networks import windows
+
+    windows._windows.cache_clear()
+    windows._relative_index.cache_clear()
+    network = quick("swin_unetr_tiny")
+    with torch.inference_mode():
+        network(image(32, 32, 32))
+    network(image(32, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
+    network = quick(name).eval()
+    both = image(32, 20, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(network(both)[1:], network(both[1:]), rtol=1e-4, atol=1e-5)
+
+
+# A changed number here changes what everyone's weights compute: say so in the changelog.
+GOLDEN = {
+    "unetr": [1.093305, -0.035304, -0.349317, 0.523780],
+    "swin_unetr_tiny": [-1.478653, -0.616728, -0.446129, 0.467466],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_are_the_golden_ones(name: str) -> None:
+    network = quick(name).eval()
+    x = torch.linspace(0, 1, 2 * 33 * 48 * 20).reshape(1, 2, 33, 48, 20).sin()
+    with torch.no_grad():
+        logits = network(x)
+    found = [logits[0, 0, 0, 0, 0], logits[0, 1, 16, 24, 10], logits[0, 2, 32, 47, 19], logits.std()]
+    torch.testing.assert_close(torch.stack(found), torch.tensor(GOLDEN[name]), rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_another_grid_are_interpolated() -> None:
+    encoder = quick("unetr").encoder
+    grid = torch.arange(8.0).view(2, 2, 2)
+    with torch.no_grad():
+        encoder.position.copy_(grid.flatten()[None, :, None].expand_as(encoder.position))
+    assert encoder.positions((2, 2, 2)) is encoder.position
+    found = encoder.positions((4, 2, 2))[0, :, 0].view(4, 2, 2)
+    assert found[:, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]  # x rises by 4 between centres
+
+
+def test_initial_weights_are_narrow_and_centred() -> None:
+    network = quick("swin_unetr_tiny")
+    weight = network.encoder.stages[3].blocks[0].mlp.linear1.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert network.encoder.stages[0].blocks[0].attention.bias.std().item() == pytest.approx(0.02, rel=0.05)
+    assert network.encoder.stages[0].blocks[0].attention.qkv.bias.abs().max() == 0
+    conv = quick("unetr").encoder.embedding.weight
+    assert conv.abs().max().item() == pytest.approx(8192**-0.5, rel=1e-3)
+    perceptron = quick("unetr", patch_embedding="perceptron").encoder.embedding.weight
+    assert perceptron.std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_drop_path_drops_whole_branches_as_often_as_asked() -> None:
+    block = quick("swin_unetr_tiny", drop_path=0.4).encoder.stages[3].blocks[1]
+    kept = block.keep(torch.ones(5000, 1, 2))
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    assert block.eval().keep(kept) is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message", "hint"),
+    [
+        ("swin_unetr", {}, "`swin_unetr` is not a network", "did you mean `swin_unetr_tiny`?"),
+        ("unetr", {"feature_sise": 8}, "`feature_sise` is not an option", "did you mean `feature_size`?"),
+        ("unetr", {"merging": "full"}, "`merging` is not an option of `unetr`", ""),
+        ("unetr", {"feature_size": "16"}, "`feature_size` is `16`", "type int"),
+        ("unetr", {"feature_size": True}, "`feature_size` is `True`", "type int"),
+        ("unetr", {"feature_size": 0}, "`feature_size` is 0", "1 or more"),
+        ("unetr", {"taps": [3, 6]}, "`taps` is [3, 6]", "three rising"),
+        ("unetr", {"taps": [3, 9, 6]}, "`taps` is [3, 9, 6]", "three rising"),
+        ("unetr", {"taps": [3, 6, 12]}, "`taps` is [3, 6, 12]", "from 0 to 11"),
+        ("unetr", {"taps": 3}, "`taps` is `3`", "list of whole numbers"),
+        ("unetr", {"patch_embedding": "convolution"}, "`patch_embedding` is `convolution`", "conv"),
+        ("unetr", {"dropout": 1}, "`dropout` is 1", "probability"),
+        ("swin_unetr_base", {"feature_size": 32}, "`feature_size` is 32", "multiple of 12"),
+        ("swin_unetr_base", {"merging": "publisched"}, "`merging` is `publisched`", "`published`"),
+        ("swin_unetr_base", {"drop_path": -0.1}, "`drop_path` is -0.1", "probability"),
+    ],
+)
+def test_build_refuses_in_the_users_words(name: str, options: dict, message: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(name, 1, 2, CUBE, options)
+    assert message in caught.value.message
+    assert hint in caught.value.hint

@@ -1,0 +1,112 @@
+"""Ours against MONAI 1.6.1 with the same weights; MONAI is the oracle, here only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unetrkit.errors import UserError
+from unetrkit.networks import build
+from unetrkit.networks.published import translate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def swin(**options: object) -> nn.Module:
+    from monai.networks.nets import SwinUNETR
+
+    network = SwinUNETR(in_channels=2, out_channels=3, feature_size=12, **options)
+    with torch.no_grad():  # MONAI starts these at zero or one, where mistakes do not show
+        for name, parameter in network.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+def ours_like(theirs: nn.Module, name: str, size: tuple[int, int, int], **options: object) -> nn.Module:
+    network = build(name, 2, 3, size, options)
+    network.load_state_dict(translate(theirs.state_dict()))
+    return network
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def published_merging() -> type[nn.Module]:
+    """What MONAI's patch merging was before 1.5."""
+    from monai.networks.nets.swin_unetr import PatchMerging
+
+    class Old(PatchMerging):
+        def forward(self, x: Tensor) -> Tensor:
+            starts = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+            return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in starts], -1)))
+
+    return Old
+
+
+# stage 1 has 16 to 48 tokens an axis, none a multiple of 7; stages 3 and 4 have windows smaller than 7
+@pytest.mark.parametrize("size", [(64, 32, 96), (64, 64, 32)])
+def test_swin_unetr_equals_monai(size: tuple[int, int, int]) -> None:
+    theirs = swin().eval()
+    ours = ours_like(theirs, "swin_unetr_tiny", size, relative_positions="sliced").eval()
+    x = torch.randn(2, 2, *size)
+    with torch.no_grad():
+        assert_same(ours(x), theirs(x))
+
+
+def test_published_merging_equals_monai_before_1_5() -> None:
+    theirs = swin(downsample=published_merging()).eval()
+    options = {"relative_positions": "sliced"}
+    x = torch.randn(1, 2, 64, 32, 64)
+    with torch.no_grad():
+        old = theirs(x)
+        ours = ours_like(theirs, "swin_unetr_tiny", (64, 32, 64), merging="published", **options).eval()
+        assert_same(ours(x), old)
+        other = ours_like(theirs, "swin_unetr_tiny", (64, 32, 64), merging="full", **options).eval()
+        assert (other(x) - old).norm() > 0.01 * old.norm()
+
+
+def test_swin_gradients_equal_monai() -> None:
+    theirs = swin().double()
+    size = (64, 32, 32)
+    ours = ours_like(theirs, "swin_unetr_tiny", size, relative_positions="sliced").double()
+    x = torch.randn(1, 2, *size, dtype=torch.double)
+    weight = torch.randn(1, 3, *size, dtype=torch.double)
+    for network in (theirs, ours):
+        (network(x) * weight).sum().backward()
+    expected = translate({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("size", [(48, 64, 48), (34, 52, 18), (33, 41, 62)])
+def test_swin_encoder_equals_monai_at_sizes_its_network_refuses(size: tuple[int, int, int]) -> None:
+    theirs = swin().eval()
+    ours = ours_like(theirs, "swin_unetr_tiny", size, relative_positions="sliced").eval()
+    x = torch.randn(2, 2, *size)
+    with torch.no_grad():
+        for found, expected in zip(ours.encoder(x), theirs.swinViT(x), strict=True):
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("embedding", ["conv", "perceptron"])
+def test_unetr_equals_monai(embedding: str) -> None:
+    from monai.networks.nets import UNETR
+
+    size = (32, 48, 64)
+    theirs = UNETR(2, 3, size, proj_type=embedding).eval()
+    ours = ours_like(theirs, "unetr", size, patch_embedding=embedding).eval()
+    x = torch.randn(2, 2, *size)
+    with torch.no_grad():
+        assert_same(ours(x), theirs(x))
+
+
+def test_translate_names_a_weight_that_is_not_one() -> None:
+    with pytest.raises(UserError, match=r"`swinViT.layers1c.0.conv` is not"):
+        translate({"swinViT.layers1c.0.conv": torch.zeros(1)})

@@ -1,0 +1,193 @@
+"""Recipes: what a person writes, what becomes of it, and what they are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from unetrkit.config import Settings, load_recipe, recipes, to_yaml
+from unetrkit.errors import UserError
+from unetrkit.plain_yaml import parse_value, parse_yaml
+
+
+class Optim(Settings):
+    lr: float = 1e-4
+    name: Literal["adamw", "sgd"] = "adamw"
+
+
+class Loop(Settings):
+    steps: int = 100
+    amp: Literal["off", "bf16"] = "off"
+    clip: float | None = None
+
+
+class Root(Settings):
+    data: Path
+    network: str = "unetr"
+    patch: tuple[int, int, int] | None = None
+    options: dict[str, object] = Field(default_factory=dict)
+    optim: Optim = Optim()
+    loop: Loop = Loop()
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(tmp_path: Path, text: str = "data: store\n", *overrides: str) -> Root:
+    return load_recipe(Root, recipe(tmp_path, text), overrides)
+
+
+def test_an_override_wins_over_the_recipe_and_that_over_the_default(tmp_path: Path) -> None:
+    text = "data: store\noptim: {lr: 3e-4}\nloop: {steps: 7}\n"
+    found = load(tmp_path, text, "loop.steps=8", "loop.steps=9")
+    assert found == Root(data=Path("store"), optim=Optim(lr=3e-4), loop=Loop(steps=9))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 100_000),
+        ("5e3", 5000),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("010", 10),
+        ("1:30", "1:30"),
+        ("2026-11-20", "2026-11-20"),
+        ("no", "no"),
+        ("off", "off"),
+        ("y", "y"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("96,96,96", [96, 96, 96]),
+        ("1.5,1.5,2", [1.5, 1.5, 2]),
+        ("[3, 6]", [3, 6]),
+        ("'96'", "96"),
+        ("{a: 1}", {"a": 1}),
+        ("a,b", "a,b"),
+        ("/a #b", "/a #b"),
+        ("C: x", "C: x"),
+        ("*star", "*star"),
+        ("!tag", "!tag"),
+        ("1e999", float("inf")),
+    ],
+)
+def test_value_is_what_a_person_means(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("optim.lrr=1", "`optim.lrr` is not a setting", "did you mean `optim.lr`?"),
+        ("lr=1", "`lr` is not a setting", "did you mean `optim.lr`?"),
+        ("train.steps=1", "`train.steps` is not a setting", "did you mean `loop.steps`?"),
+        ("optim.zzz=1", "`optim.zzz` is not a setting", "known: optim.lr, optim.name"),
+        ("optim.lr=fast", '`optim.lr` is "fast": expected a valid number', ""),
+        ("optim.lr='1'", '`optim.lr` is "1": expected a valid number', ""),
+        ("loop.steps=1.5", "`loop.steps` is 1.5: expected a valid integer", ""),
+        ("loop.steps=true", "`loop.steps` is true: expected a valid integer", ""),
+        ("loop.amp=fp8", "`loop.amp` is \"fp8\": expected 'off' or 'bf16'", ""),
+        ("loop.clip=x", '`loop.clip` is "x": expected a valid number', ""),
+        ("patch=96,96", "`patch` is [96, 96]: ", ""),
+        ("patch=96,96,x", '`patch` is "96,96,x": expected a valid array', ""),
+        ("optim=3", "`optim` is 3: expected an object", ""),
+        ("network.depth=3", "`network` is", ""),
+        ("data.x=1", "`data.x` is not a setting: `data` is 'store'", ""),
+        ("optim.lr", "`optim.lr` is not a setting", "write `name=value`, as in `optim.lr=1e-4`"),
+        ("=3", "`=3` is not a setting", "write `name=value`"),
+        ("patch=[1, 2", "`[1, 2` is not YAML", ""),
+    ],
+)
+def test_a_wrong_override_is_explained(tmp_path: Path, override: str, message: str, hint: str) -> None:
+    with pytest.raises(UserError) as found:
+        load(tmp_path, "data: store\n", override)
+    assert found.value.message.startswith(message)
+    assert found.value.hint.startswith(hint)
+    assert "\n" not in found.value.message
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`data` is not given") as found:
+        load(tmp_path, "network: unetr\n")
+    assert found.value.hint == "write `data=…`"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "`a` is there twice"),
+        ("a: !!python/object/apply:os.system [id]\n", "YAML tags are not allowed"),
+        ("a: !!str 1\n", "YAML tags are not allowed"),
+        ("a: &x [1]\nb: *x\n", "YAML anchors and aliases are not allowed"),
+        ("a: " + "[" * 500 + "]" * 500, "nested deeper than 16"),
+        ("a: [1", "is not YAML"),
+        ("- 1\n", "must hold names and values, found a list"),
+        ("1: 2\n", "names must be words"),
+        ("? [a]\n: 2\n", "names must be words"),
+        ("a: \x00\n", "is not YAML"),
+    ],
+)
+def test_a_recipe_that_is_not_plain_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as found:
+        load(tmp_path, text)
+    assert message in found.value.message
+    assert "recipe.yaml" in found.value.message
+
+
+def test_a_large_or_binary_or_missing_file_is_refused(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "# " + "x" * 70_000)
+    with pytest.raises(UserError, match="larger than 64 KB"):
+        load_recipe(Root, path)
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="byte 0 is not UTF-8"):
+        load_recipe(Root, path)
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        load_recipe(Root, tmp_path / "none.yaml")
+
+
+def test_an_unknown_recipe_leads_to_the_nearest() -> None:
+    with pytest.raises(UserError, match="there is no recipe `swin_untr_tiny`") as found:
+        load_recipe(Root, "swin_untr_tiny")
+    assert found.value.hint == "did you mean `swin_unetr_tiny`?"
+
+
+def test_settings_written_as_yaml_are_read_back_the_same(tmp_path: Path) -> None:
+    odd = {"b": "off", "c": "1e-4", "d": None, "e": [1, 2.5], "f": "", "g": "null", "h": "010", "i": "a: #b"}
+    settings = Root(data=Path("a b/é"), network="yes", patch=(96, 96, 64), options=odd, optim=Optim(lr=1e-5))
+    text = to_yaml(settings)
+    assert load_recipe(Root, recipe(tmp_path, text)) == settings
+    assert yaml.safe_load(text)["options"]["b"] == "off"  # other people's YAML 1.1 readers agree
+
+
+def test_empty_yaml_is_no_settings() -> None:
+    assert parse_yaml("# nothing\n", "x") == {}
+
+
+def test_packaged_recipes_are_described_and_load() -> None:
+    from unetrkit.training.run import TrainSettings
+
+    described = dict(recipes())
+    assert {"swin_unetr_tiny", "swin_unetr_small", "swin_unetr_base", "unetr"} <= described.keys()
+    for name, description in described.items():
+        assert 20 < len(description) < 110, name
+        settings = load_recipe(TrainSettings, name, ["data=store"])
+        assert settings.data == Path("store"), name
+
+
+def test_the_published_loss_of_unetr_is_in_its_recipe() -> None:
+    from unetrkit.training.losses import LossSettings
+    from unetrkit.training.run import TrainSettings
+
+    published = LossSettings(squared=True, smooth_numerator=0, smooth_denominator=1e-6)
+    assert load_recipe(TrainSettings, "unetr", ["data=store"]).loss == published

@@ -1,0 +1,225 @@
+"""A run on four small volumes: what it leaves, what it refuses, and that it goes on bitwise."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from unetrkit.config import load_recipe
+from unetrkit.data.datalist import read_dataset
+from unetrkit.data.fingerprint import make_plan
+from unetrkit.data.plan import override_plan
+from unetrkit.data.prepare import prepare
+from unetrkit.data.store import Store
+from unetrkit.errors import UserError
+from unetrkit.inference.model import load_model
+from unetrkit.training import run as run_module
+from unetrkit.training.interruption import Interrupted
+from unetrkit.training.run import Patches, TrainSettings, train
+
+SMALL = [
+    "network=swin_unetr_tiny",
+    "loop.steps=4",
+    "loop.validate_every=2",
+    "loop.save_every=1",
+    "loop.log_every=1",
+    "loop.workers=0",
+    "loop.device=cpu",
+    "optim.lr=1e-3",
+    "sampling.batch_size=1",
+    "validation.overlap=0",
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three volumes to train on and one to validate on, 32 x 32 x 32 in another orientation, two organs."""
+    folder = tmp_path_factory.mktemp("data")
+    affine = np.diag([-2.0, -2.0, 2.5, 1.0])
+    entries = []
+    for n in range(4):
+        label = np.zeros((32, 32, 32), np.uint8)
+        label[6 + n : 16 + n, 8:18, 8:18] = 3
+        label[20:28, 10:20, 12 - n : 22 - n] = 7
+        image = np.random.default_rng(n).normal(0, 20, label.shape) + 100 * (label > 0) + 60 * (label == 7)
+        for kind, array in (("image", image.astype(np.int16)), ("label", label)):
+            nibabel.Nifti1Image(array, affine).to_filename(folder / f"{n}_{kind}.nii.gz")
+        entries.append({"image": f"{n}_image.nii.gz", "label": f"{n}_label.nii.gz"})
+    labels = {"0": "background", "3": "liver", "7": "spleen"}
+    content = {"name": "four", "modality": {"0": "CT"}, "labels": labels}
+    content |= {"training": entries[:3], "validation": entries[3:]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    dataset = read_dataset(folder / "dataset.json")
+    plan = override_plan(make_plan(dataset, workers=1), ["patch_size=32,32,32", "spacing=2,2,2.5"])
+    prepare(dataset, plan, folder / "store", workers=1)
+    return folder / "store"
+
+
+def settings(store: Path, out: Path, *more: str) -> TrainSettings:
+    recipe = out.parent / "none.yaml"
+    recipe.write_text("{}\n")
+    return load_recipe(TrainSettings, recipe, [f"data={store}", f"out={out}", *SMALL, *more])
+
+
+def results(out: Path) -> dict[str, bytes]:
+    files = ("last", "best", "metrics.jsonl", "model/model.json", "model/weights.safetensors")
+    return {name: (out / name).read_bytes() for name in files}
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(settings(store, out))
+    return out
+
+
+def test_a_run_leaves_what_the_next_commands_need(store: Path, whole: Path) -> None:
+    left = {path.name for path in whole.iterdir()}
+    assert left == {"config.yaml", "run.json", "metrics.jsonl", "last", "previous", "best", "model"}
+    model = load_model(whole)
+    assert model.plan == Store.open(store).plan
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    measured = [r for r in records if r["event"] == "validation"]
+    assert [r["step"] for r in measured] == [2, 4]
+    assert measured[0]["dice"] == pytest.approx((measured[0]["dice/liver"] + measured[0]["dice/spleen"]) / 2)
+    trained = [r for r in records if r["event"] == "training"]
+    assert trained[0].keys() == {"step", "event", "loss", "dice_loss", "cross_entropy", "lr", "grad_norm"}
+    assert trained[0]["loss"] == pytest.approx(trained[0]["dice_loss"] + trained[0]["cross_entropy"])
+    record = json.loads((whole / "run.json").read_text())
+    assert (len(record["training"]), len(record["validation"])) == (3, 1)
+
+
+def test_the_exported_model_predicts_what_was_validated(store: Path, whole: Path) -> None:
+    from unetrkit.data.volume import read_image, read_label
+    from unetrkit.evaluation.metrics import dice_scores
+    from unetrkit.inference.predict import PredictSettings, predict_label
+
+    best = json.loads((whole / "model/model.json").read_text())["origin"]
+    case = next(case for case in Store.open(store).cases if case.split == "validation")
+    how = PredictSettings(overlap=0, device="cpu")
+    found = predict_label([load_model(whole)], read_image(case.images), how)
+    scores = dice_scores(read_label(case.label_file).array[0], found, [3, 7])
+    assert best["dice"] == pytest.approx(sum(scores.values()) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("more", [["loop.workers=2"], ["loop.amp=bf16"]], ids=["workers", "bf16"])
+def test_a_run_goes_on_bitwise_where_the_same_command_stopped(
+    store: Path, whole: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "loop.amp=bf16" in more:
+        whole = tmp_path / "whole"
+        train(settings(store, whole, *more))
+    out = tmp_path / "other" / whole.name
+    out.parent.mkdir()
+    calls = iter(range(100))
+
+    def interrupting(*where: object, **named: object):
+        for batch in batches(*where, **named):
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    batches = run_module.batches
+    monkeypatch.setattr(run_module, "batches", interrupting)
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        train(settings(store, out, *more))
+    train(settings(store, out, *more))
+    assert results(out) == results(whole)
+
+
+def test_a_finished_run_is_left_as_it_is_and_its_config_repeats_it(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(whole)
+    train(load_recipe(TrainSettings, whole / "config.yaml"))
+    assert "has done its 4 steps already" in capsys.readouterr().err
+    assert results(whole) == before
+    train(load_recipe(TrainSettings, whole / "config.yaml", [f"out={tmp_path / whole.name}"]))
+    assert results(tmp_path / whole.name) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.lr=2e-3", r"holds another run: its `optim\.lr` is 0\.001, not 0\.002"),
+        ("loop.steps=8", "holds a run of 4 steps, not of 8"),
+        ("loop.steps=3", "holds a run of 4 steps, not of 3"),
+        ("network=unetr", r"its `network` is \"swin_unetr_tiny\", not \"unetr\""),
+        ("fold=1", "its `fold` is null, not 1"),
+    ],
+)
+def test_another_run_s_folder_is_refused(store: Path, whole: Path, change: str, message: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(UserError, match=message):
+        train(settings(store, whole, change))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_run_at_a_constant_rate_can_go_on_for_longer(store: Path, tmp_path: Path) -> None:
+    constant = ["optim.schedule=constant", "optim.warmup=0", "loop.steps=2"]
+    train(settings(store, tmp_path / "run", *constant))
+    assert train(settings(store, tmp_path / "run", *constant[:2], "loop.steps=3")).step == 3
+
+
+def test_changed_data_is_refused(store: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"training": record["training"][:1]}))
+    with pytest.raises(UserError, match="has other training cases than when the run in"):
+        train(settings(store, out))
+
+
+def test_a_folder_with_other_files_is_refused_and_untouched(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is not a run"):
+        train(settings(store, tmp_path / "notes"))
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
+
+
+def test_wrong_settings_are_found_before_a_folder_is_made(store: Path, tmp_path: Path) -> None:
+    for change, message in (
+        ("network=swin_unet_tiny", "swin_unet_tiny"),
+        ("network_options={depth: 3}", "depth"),
+        ("fold=9", "no fold 9"),
+        ("data=/nowhere", "no store"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(settings(store, tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cases_named_for_a_batch_are_those_in_it(store: Path, tmp_path: Path) -> None:
+    names = tuple(case.name for case in Store.open(store).cases)
+    how = settings(store, tmp_path / "run", "sampling.batch_size=4", "sampling.patches_per_case=2")
+    patches = Patches(store, names, how)
+    assert patches.size == 4
+    for number in range(3):
+        assert len(patches.cases(number)) == 2
+    seen = [name for number in range(4) for name in patches.cases(number)]
+    assert sorted(seen) == sorted(names * 2)
+
+
+def test_validation_means_skip_what_no_case_defines(store: Path) -> None:
+    from unetrkit.inference.predict import PredictSettings
+    from unetrkit.training.validation import Validation
+
+    class Nothing(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.ones_like(image), *[torch.zeros_like(image)] * 2], dim=1)
+
+    opened = Store.open(store)
+    measure = Validation(opened.plan, opened.cases[:2], PredictSettings(overlap=0))
+    assert measure(Nothing()) == {"dice": 0.0, "dice/liver": 0.0, "dice/spleen": 0.0}
+    measure._kept = {case.name: np.zeros((32, 32, 32), np.uint8) for case in opened.cases}
+    assert all(math.isnan(value) for value in measure(Nothing()).values())
