@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from command import CommandLine
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

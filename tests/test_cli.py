@@ -1,4 +1,4 @@
-"""The command line with bad input: one `error:` line that names the file or the value, a `hint:`, exit code 2."""
+"""The command line with bad input: one `error:` line that names file or value, a `hint:`, exit code 2."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bad_scans import BAD_SCANS
 
+from bad_scans import BAD_SCANS
 from unetrkit.data.phantom import write_phantom
 from unetrkit.data.plan import read_plan
 from unetrkit.errors import ExitCode
@@ -96,7 +96,7 @@ def test_prepare_writes_no_half_of_a_bad_scan(unetrkit, work, fault):
     assert not list(store.rglob("*tmp*"))
 
 
-# Each takes the work folder, breaks something, and returns the words of a command and what its error must name.
+# Each takes the work folder, breaks something, returns the words of a command and what its error must name.
 def _write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -413,7 +413,7 @@ def test_bad_input_is_refused_in_one_line(unetrkit, work, case):
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(work):
-    """A limit on the size of files stands for the full disk: the same OSError from the same calls, without root."""
+    """A limit on the size of files stands for the full disk: an OSError from the same calls, without root."""
     before = contents(work)
     code = (
         "import resource, sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

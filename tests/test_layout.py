@@ -14,7 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "unetrkit"
 FILES = sorted(SOURCE.rglob("*.py"))
 # A room may import itself and the rooms that stand before it.
-ORDER = ("errors", "progress", "plain_yaml", "config", "info", "data", "networks", "inference", "evaluation", "training", "demo", "cli")
+ORDER = (
+    "errors",
+    "progress",
+    "plain_yaml",
+    "config",
+    "info",
+    "data",
+    "networks",
+    "inference",
+    "evaluation",
+    "training",
+    "demo",
+    "cli",
+)
 MAY_IMPORT = {room: set(ORDER[:place]) for place, room in enumerate(ORDER)}
 MAY_IMPORT["networks"] = {"errors"}
 MAY_IMPORT["data"] -= {"info"}
@@ -61,7 +74,10 @@ def test_functions_take_at_most_eight_arguments():
     assert not crowded
 
 
-@pytest.mark.parametrize("pattern", [r"\beval\(", r"\bexec\(", r"yaml\.load\b", r"extractall", r"weights_only=False", r"import pickle"])
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\beval\(", r"\bexec\(", r"yaml\.load\b", r"extractall", r"weights_only=False", r"import pickle"],
+)
 def test_dangerous_calls_are_absent(pattern):
     found = [
         f"{path.name}: {line.strip()}"
@@ -72,7 +88,9 @@ def test_dangerous_calls_are_absent(pattern):
     assert not found
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["info", "recipes"], ["info", "environment"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["train", "--help"], ["info", "recipes"], ["info", "environment"]]
+)
 def test_help_and_info_import_neither_torch_nor_monai(command):
     code = (
         f"import sys; sys.argv = ['unetrkit', *{command!r}]\n"
@@ -88,5 +106,7 @@ def test_help_and_info_import_neither_torch_nor_monai(command):
 def test_the_readme_draws_the_layout_that_is_there():
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## Layout")[1].split("```")[1]
-    missing = [p for p in FILES if p.stem not in ("__init__", "__main__") and not re.search(rf"\b{p.stem}\b", tree)]
+    missing = [
+        p for p in FILES if p.stem not in ("__init__", "__main__") and not re.search(rf"\b{p.stem}\b", tree)
+    ]
     assert not missing

@@ -1,4 +1,4 @@
-"""The whole job as a user runs it: check, prepare, train, predict, evaluate; on real scans where there are some."""
+"""The whole job as a user runs it: check, prepare, train, predict, evaluate; on real scans too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def some_cases(source: Path, training: int, validation: int, out: Path) -> Path:
     pool = {key: full.get(key) or full["training"][training:] for key in ("training", "validation")}
     for key, count in (("training", training), ("validation", validation)):
         pool[key] = [
-            {name: str(source.parent / entry[name]) for name in ("image", "label")} for entry in pool[key][:count]
+            {name: str(source.parent / entry[name]) for name in ("image", "label")}
+            for entry in pool[key][:count]
         ]
     datalist = {key: full[key] for key in ("labels", "modality") if key in full} | pool
     out.write_text(json.dumps(datalist))
@@ -47,7 +48,9 @@ def head_and_neck(tmp_path: Path, shared_data: Path) -> Path:
 
 
 def abdomen(tmp_path: Path, shared_data: Path) -> Path:
-    return some_cases(shared_data / "ct_abdomen_totalseg/dataset_btcv13.json", 1, 1, tmp_path / "dataset.json")
+    return some_cases(
+        shared_data / "ct_abdomen_totalseg/dataset_btcv13.json", 1, 1, tmp_path / "dataset.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,9 @@ def test_scans_become_measured_results(unetrkit, tmp_path, request, data, recipe
 def test_the_same_command_again_says_that_the_run_is_finished(unetrkit, tmp_path):
     datalist = write_phantom(tmp_path / "data", training=2, validation=1, coarseness=3)
     store, run = tmp_path / "store", tmp_path / "run"
-    assert unetrkit("prepare", datalist, store, "patch_size=32,32,32", "spacing=8,8,9", "--workers", 1).code == 0
+    assert (
+        unetrkit("prepare", datalist, store, "patch_size=32,32,32", "spacing=8,8,9", "--workers", 1).code == 0
+    )
     train = ("train", "swin_unetr_tiny", f"data={store}", f"out={run}", *SMALL)
     assert unetrkit(*train).code == 0
     weights = (run / "model" / "weights.safetensors").read_bytes()

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from unetrkit.errors import ExitCode, UserError
+from unetrkit.errors import ExitCode, Interrupted, UserError
 
 app = typer.Typer(
     name="unetrkit",
@@ -23,11 +23,14 @@ app = typer.Typer(
 )
 
 DataArgument = Annotated[
-    Path, typer.Argument(help="A datalist (JSON or CSV), an nnU-Net folder, or a folder of image/label pairs.")
+    Path,
+    typer.Argument(help="A data list (JSON, CSV), an nnU-Net folder, or a folder of image/label pairs."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Outside = Annotated[bool, typer.Option("--allow-outside", help="Accept files outside the data list's own folder.")]
+Outside = Annotated[
+    bool, typer.Option("--allow-outside", help="Accept files outside the data list's folder.")
+]
 CORES = os.cpu_count() or 1
 
 
@@ -73,7 +76,8 @@ def check(
         print_report(report)
     if report.errors:
         first, more = report.errors[0], len(report.errors) - 1
-        raise UserError(first.message + (f" (and {more} more errors, listed above)" if more else ""), hint=first.hint)
+        also = f" (and {more} more errors, listed above)" if more else ""
+        raise UserError(first.message + also, hint=first.hint)
     say(f"next: unetrkit prepare {data} STORE")
 
 
@@ -82,7 +86,8 @@ def prepare(
     data: DataArgument,
     out: Annotated[Path, typer.Argument(help="The store to make or to bring up to date.")],
     override: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Plan entries to override: spacing=1.5,1.5,2.0")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Plan entries to override: spacing=1,1,2"),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Use this plan instead of computing one.")] = None,
     published: Annotated[str | None, typer.Option(help="Pin a published plan: btcv.")] = None,
@@ -118,7 +123,7 @@ def prepare(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or RUN/config.yaml to repeat a run.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file, or RUN/config.yaml to repeat a run.")],
     override: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to override: optim.lr=1e-4")
     ] = None,
@@ -143,7 +148,7 @@ def predict(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overlap=0.5, mirrors=true, device=cpu, …")
     ] = None,
     split: Annotated[str, typer.Option(help="Of a datalist: training, validation, test or all.")] = "all",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label maps that are already there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
     allow_outside: Outside = False,
 ) -> None:
     """Segment scans: one label map per case, on the case's own grid, with its affine and header.
@@ -158,7 +163,14 @@ def predict(
     settings = apply_overrides(PredictSettings, override or [])
     with progress("predicting") as report_progress:
         predict_cases(
-            scans, out, model, settings, split=split, overwrite=overwrite, allow_outside=allow_outside, progress=report_progress
+            scans,
+            out,
+            model,
+            settings,
+            split=split,
+            overwrite=overwrite,
+            allow_outside=allow_outside,
+            progress=report_progress,
         )
     say(f"next: unetrkit evaluate {out} DATALIST REPORT")
 
@@ -167,8 +179,8 @@ def predict(
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of predicted label maps.")],
     data: DataArgument,
-    out: Annotated[Path, typer.Argument(help="Folder for metrics.csv, metrics.json and report.html.")],
-    run: Annotated[Path | None, typer.Option(help="The run that predicted: adds its curves to the report.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder for the metrics and the report.")],
+    run: Annotated[Path | None, typer.Option(help="The run that predicted, for its curves.")] = None,
     tolerance_mm: Annotated[float, typer.Option(min=0.0, help="Of the normalised surface distance.")] = 2.0,
     workers: Workers = CORES,
     allow_outside: Outside = False,
@@ -184,7 +196,13 @@ def evaluate(
     dataset = read_dataset(data, allow_outside=allow_outside)
     with progress("evaluating") as report_progress:
         summary = evaluate_cases(
-            predictions, dataset, out, tolerance_mm=tolerance_mm, run=run, workers=workers, progress=report_progress
+            predictions,
+            dataset,
+            out,
+            tolerance_mm=tolerance_mm,
+            run=run,
+            workers=workers,
+            progress=report_progress,
         )
     print(summary.table())
     say(f"next: open {out / 'report.html'}")
@@ -202,7 +220,11 @@ def info(
     from unetrkit.info import describe
 
     rows = describe(what)
-    print(json.dumps(rows, indent=1) if as_json else "\n".join(f"{name:20} {text}" for name, text in rows.items()))
+    print(
+        json.dumps(rows, indent=1)
+        if as_json
+        else "\n".join(f"{name:20} {text}" for name, text in rows.items())
+    )
 
 
 def _lower(text: str) -> str:
@@ -217,7 +239,7 @@ def report_error(message: str, hint: str, code: ExitCode) -> NoReturn:
 
 
 def main() -> None:
-    """The one place where exceptions become messages and exit codes; a programming error keeps its traceback."""
+    """The one place where exceptions become messages and exit codes; a programming error keeps its trace."""
     usage_error = typer.BadParameter.__bases__[0]  # click's, which typer bundles without a public name
     try:
         sys.exit(app(standalone_mode=False) or ExitCode.DONE)
@@ -226,6 +248,8 @@ def main() -> None:
     except usage_error as error:  # type: ignore[misc]
         command = error.ctx.command_path if error.ctx else "unetrkit"  # type: ignore[attr-defined]
         report_error(_lower(error.format_message()), f"see `{command} --help`", ExitCode.WRONG_USE)  # type: ignore[attr-defined]
+    except Interrupted as stop:
+        report_error(stop.message, stop.hint, ExitCode.INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         report_error("interrupted", "", ExitCode.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `… | head`

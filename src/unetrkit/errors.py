@@ -35,6 +35,15 @@ class UserError(Exception):
         return _rebuilt, (type(self), self.message, self.hint)
 
 
+class Interrupted(Exception):
+    """Long work was asked to stop and has saved what it needs to go on; the command exits with code 130."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed; the hint names the extra that brings it."""
 

@@ -13,7 +13,8 @@ REPORTED = ("unetrkit", "torch", "numpy", "scipy", "nibabel", "blosc2", "SimpleI
 
 def environment() -> dict[str, str]:
     """Versions, platform and cores: what a report or a bug report has to name."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found["cores"] = str(os.cpu_count())
     for package in REPORTED:
         try:
             found[package] = metadata.version(package)

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a live bar with an ETA on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: a live bar with an ETA on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ def progress(title: str) -> Iterator[Progress]:
 
 def _live(title: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
     columns = (

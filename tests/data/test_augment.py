@@ -270,7 +270,7 @@ def test_paired_organs_exchange_classes_in_a_mirror_image(flips, dtype):
 
 def test_two_flips_and_half_a_turn_are_the_same_to_image_and_label():
     image, label = noise_image(1, *SIZE), (noise_image(*SIZE) * 5).to(torch.uint8)
-    flipped, turned = Augmentation(Orientation((True, True, False), 0)), Augmentation(Orientation((False,) * 3, 2))
+    flipped, turned = (Augmentation(Orientation(*o)) for o in (((True, True, False), 0), ((False,) * 3, 2)))
     assert torch.equal(apply_spatial(flipped, image), apply_spatial(turned, image))
     table = small_plan().mirrored
     assert torch.equal(apply_label(flipped, label, table), apply_label(turned, label, table))

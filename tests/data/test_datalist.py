@@ -278,6 +278,43 @@ def test_a_broken_nnunet_folder_is_refused(tmp_path, files, splits, message):
         read_dataset(tmp_path)
 
 
+def test_a_list_without_cases_beside_imagestr_is_not_taken_for_nnunet(tmp_path):
+    touch(tmp_path, "imagesTr/ct.nii", "labelsTr/ct.nii")
+    path = write_list(tmp_path, {"labels": {"0": "background", "1": "liver"}, "channel_names": {"0": "CT"}})
+    with pytest.raises(
+        UserError, match=f"`{path}` lists no cases: it has none of the keys `training`"
+    ) as error:
+        read_dataset(path)
+    assert '"training": [{"image"' in error.value.hint
+    assert names(read_dataset(tmp_path)) == ["ct"]  # the folder itself is one of pairs
+
+
+@pytest.mark.parametrize(
+    ("files", "channels", "cases"),
+    [
+        (["a_0000.nii", "b_0000.nii"], 1, {"a": 1, "b": 1}),
+        (["a_0000.nii", "a_0001.nii", "b_0000.nii", "b_0001.nii"], 2, {"a": 2, "b": 2}),
+        (["images/a_0000.nii", "images/a_0001.nii"], 2, {"a": 2}),
+        (["a_0000.nii", "a_0001.nii", "a_0002.nii"], 1, {"a_0000": 1, "a_0001": 1, "a_0002": 1}),
+        (["a_0000.nii", "b_0000.nii"], 2, {"a_0000": 1, "b_0000": 1}),  # of two channels each
+        (["a_0000.nii", "b.nii"], 1, {"a_0000": 1, "b": 1}),
+        (["a_0000.nii", "a_0001.nii"], None, {"a_0000": 1, "a_0001": 1}),
+    ],
+)
+def test_numbered_files_are_the_channels_that_a_model_asks_for(tmp_path, files, channels, cases):
+    touch(tmp_path, *files)
+    found = read_dataset(tmp_path, channels=channels).cases
+    assert {case.name: len(case.images) for case in found} == cases
+
+
+def test_a_numbered_case_that_lacks_its_first_channel_is_named(tmp_path):
+    touch(tmp_path, "a_0000.nii", "a_0001.nii", "b_0001.nii")
+    with pytest.raises(
+        UserError, match=r"case `b`: channels must be numbered from _0000 on, found b_0001\.nii"
+    ):
+        read_dataset(tmp_path, channels=2)
+
+
 @pytest.mark.parametrize(
     ("files", "pairs"),
     [

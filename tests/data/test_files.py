@@ -94,6 +94,18 @@ def test_read_json_of_a_folder_or_of_nothing_is_a_user_error(tmp_path: Path) -> 
             read_json(path)
 
 
+def test_a_missing_file_leads_to_its_neighbour_or_to_the_folder_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    for name, hint in (
+        ("datset.json", f"did you mean `{tmp_path / 'dataset.json'}`?"),
+        ("x", "check the path"),
+        ("no/such/file.json", f"there is no folder `{tmp_path / 'no'}` either"),
+    ):
+        with pytest.raises(UserError, match="there is no file") as caught:
+            read_json(tmp_path / name)
+        assert caught.value.hint.startswith(hint)
+
+
 def test_read_json_reads_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1, 2.5]}')
     assert read_json(tmp_path / "a.json") == {"a": [1, 2.5]}

@@ -159,7 +159,9 @@ def test_a_bad_case_does_not_lose_the_others(tmp_path, save, blocks):
     (tmp_path / "scans" / "c.nii.gz").write_bytes((tmp_path / "scans" / "a.nii.gz").read_bytes()[:-100])
     write(tmp_path / "scans" / "e.nii.gz", np.stack([blocks, blocks], -1))
     seen = []
-    with pytest.raises(UserError, match=r"2 of 5 cases.*`c`: .*; `e`: `.*e.nii.gz` has 2 channels.* has 1: CT"):
+    with pytest.raises(
+        UserError, match=r"2 of 5 cases.*`c`: .*; `e`: `.*e.nii.gz` has 2 channels.* has 1: CT"
+    ):
         predict(
             tmp_path / "scans",
             tmp_path / "out",
@@ -236,9 +238,18 @@ def test_earlier_labels_are_replaced_only_when_asked(tmp_path, save, blocks):
 def test_wrong_numbers_of_channels_are_named(tmp_path, save, blocks, new_plan):
     scan = write(tmp_path / "scans" / "a.nii.gz", blocks)
     model = save(tmp_path / "model", new_plan(channels=2))
-    with pytest.raises(UserError, match=r"1 channels, .* has 2: CT, PET"):
+    with pytest.raises(UserError, match=rf"`{scan}` has 1 channels, .* has 2: CT, PET"):
         predict(scan, tmp_path / "out", [model], CPU)
     assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_one_file_per_channel_as_nnunet_names_them_is_one_case(tmp_path, save, blocks, new_plan):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        write(tmp_path / "imagesTs" / f"{name}.nii.gz", blocks)
+    model = save(tmp_path / "model", new_plan(channels=2))
+    written = predict(tmp_path / "imagesTs", tmp_path / "out", [model], CPU)
+    assert [path.name for path in written] == ["a.nii.gz", "b.nii.gz"]
+    assert np.array_equal(voxels(written[0]), truth(blocks))
 
 
 def test_models_of_different_plans_are_not_averaged(tmp_path, save, blocks, new_plan):

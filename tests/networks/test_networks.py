@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,8 +28,13 @@ PARAMETERS = {
 
 def quick(name: str, **options: object) -> nn.Module:
     """A network of the family `name`, seeded, for a small grid of patches."""
+    return copy.deepcopy(_built(name, tuple(options.items())))
+
+
+@lru_cache(maxsize=3)
+def _built(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
     torch.manual_seed(0)
-    return build(name, 2, 3, (32, 32, 32), options)
+    return build(name, 2, 3, (32, 32, 32), dict(options))
 
 
 def image(*size: int, batch: int = 2) -> Tensor:

@@ -18,9 +18,8 @@ import torch
 from tests.training.tiny import OPTIM, Cubes, measure, objective, run
 from torch import nn
 
-from unetrkit.errors import UserError
+from unetrkit.errors import Interrupted, UserError
 from unetrkit.training import checkpoint
-from unetrkit.training.interruption import Interrupted
 from unetrkit.training.loop import LoopSettings
 
 
@@ -295,7 +294,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from tests.training.tiny import Cubes, run
-from unetrkit.training.interruption import Interrupted
+from unetrkit.errors import Interrupted
 from unetrkit.training.loop import LoopSettings
 
 class Loaded(Cubes):

@@ -20,10 +20,9 @@ from unetrkit.data.fingerprint import make_plan
 from unetrkit.data.plan import override_plan
 from unetrkit.data.prepare import prepare
 from unetrkit.data.store import Store
-from unetrkit.errors import UserError
+from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
 from unetrkit.training import run as run_module
-from unetrkit.training.interruption import Interrupted
 from unetrkit.training.run import Patches, TrainSettings, train
 
 SMALL = [

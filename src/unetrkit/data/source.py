@@ -19,7 +19,7 @@ LARGEST = 2**30  # voxels of all channels together: 512 x 512 x 4096, 4 GB as fl
 FORMATS = ".nii, .nii.gz, .hdr with .img, .mgz, .mgh, .nrrd, .mha, .mhd, or a folder with one DICOM series"
 CHUNK = 2**20  # bytes
 DEFLATE_LIMIT = 1032  # a byte of deflate makes at most that many
-RENEW = "copy the scan again from where it comes from, or export it again"
+RENEW = "copy it again from where it comes from, or export it again"
 SLACK = 2**24  # bytes allowed behind the voxels: FreeSurfer's tags, padding
 
 

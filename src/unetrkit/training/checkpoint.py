@@ -63,7 +63,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"`{path}` holds something else than tensors and numbers", hint=ANOTHER_RUN) from error
+        raise UserError(f"`{path}` holds more than tensors and numbers", hint=ANOTHER_RUN) from error
 
 
 def _canonical(value: object) -> object:

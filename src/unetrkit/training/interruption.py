@@ -14,15 +14,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Item = TypeVar("Item")
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved what it needs to go on: the same command goes on."""
-
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
 class Stop(Exception):
     """Raised inside a stretch of work that may be abandoned."""
 

@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.errors import UserError
+from unetrkit.errors import Interrupted, UserError
 from unetrkit.training import checkpoint
-from unetrkit.training.interruption import Interrupted, Interruption, Stop
+from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
 from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate
