@@ -246,8 +246,8 @@ def main() -> None:
     except UserError as error:
         report_error(error.message, error.hint, ExitCode.WRONG_USE)
     except usage_error as error:  # type: ignore[misc]
-        command = error.ctx.command_path if error.ctx else "unetrkit"  # type: ignore[attr-defined]
-        report_error(_lower(error.format_message()), f"see `{command} --help`", ExitCode.WRONG_USE)  # type: ignore[attr-defined]
+        command = error.ctx.command_path if error.ctx else "unetrkit"
+        report_error(_lower(error.format_message()), f"see `{command} --help`", ExitCode.WRONG_USE)
     except Interrupted as stop:
         report_error(stop.message, stop.hint, ExitCode.INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):

@@ -130,6 +130,16 @@ def test_prediction_first_does_not_stop_training_after() -> None:
     network(image(32, 32, 32)).sum().backward()
 
 
+def test_what_a_compiler_sees_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = quick("swin_unetr_tiny")
+    outputs = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        outputs.append(network(image(33, 20, 16)))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    outputs[1].sum().backward()
+
+
 @pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
 def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
     network = quick(name).eval()

@@ -72,6 +72,7 @@ def test_published_merging_equals_monai_before_1_5() -> None:
         assert (other(x) - old).norm() > 0.01 * old.norm()
 
 
+@pytest.mark.slow
 def test_swin_gradients_equal_monai() -> None:
     theirs = swin().double()
     size = (64, 32, 32)

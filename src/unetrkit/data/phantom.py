@@ -165,8 +165,8 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     spine = np.array([[0, -62, -20], [0, -66, 240]]) * scale + drift
     tissue.append((BONE, _tube(spine, 21.0)))
     for _ in range(24):  # bowel: unlabelled, soft as the organs, with gas here and there
-        centre = place((rng.uniform(-80, 80), rng.uniform(0, 62), rng.uniform(5, 88)), 0)
-        loop = _ellipsoid(centre, rng.uniform(11, 21, 3), rng.uniform(0, 3, 2))
+        middle = place((rng.uniform(-80, 80), rng.uniform(0, 62), rng.uniform(5, 88)), 0)
+        loop = _ellipsoid(middle, rng.uniform(11, 21, 3), rng.uniform(0, 3, 2))
         tissue.append((GAS if rng.random() < 0.25 else BOWEL + rng.normal(0, 12), loop))
     wave_vectors = rng.normal(0, 1, (5, 3))
     wave_vectors /= np.linalg.norm(wave_vectors, axis=1, keepdims=True) * rng.uniform(9, 22, (5, 1))
@@ -211,7 +211,7 @@ def scan(anatomy: Anatomy, spacing: np.ndarray, rng: np.random.Generator) -> tup
             values[inside & (level < 0.35)] -= 45
         if organ == 7:  # wall brighter than the contents, gas in front
             values[inside & (level > 0.7)] += 55
-            values[inside & (level < 0.35) & (points[1, *part] > 36)] = GAS
+            values[inside & (level < 0.35) & (points[1][part] > 36)] = GAS
 
     def coarse(values: np.ndarray) -> np.ndarray:
         x, y, z = (n // 2 for n in values.shape)

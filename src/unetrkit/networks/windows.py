@@ -84,37 +84,46 @@ def _relative_index(size: Size, window: int, sliced: bool, device: torch.device)
 
 @lru_cache(maxsize=64)
 def _windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Windows:
+    # Python's integers up to the last line: a compiler that looks on can neither sort nor count a tensor
     total = prod(grid)
-    groups, keys = [], []
+    groups, key = [], []
     for x, y, z in product(*(_slabs(extent, window, shifted) for extent in grid)):
-        i = x.source[:, None, None, :, None, None]
-        j = y.source[:, None, None, :, None]
-        k = z.source[:, None, None, :]
-        token = (i * grid[1] + j) * grid[2] + k  # windows x y z, places x y z
-        inside = (i >= 0) & (j >= 0) & (k >= 0)
-        own = torch.where(inside, token, total).flatten(3).flatten(0, 2)  # w n
-        rows = torch.nonzero(own[0] < total).flatten()
-        part = torch.cartesian_prod(x.part, y.part, z.part)  # n 3
-        apart = (part[:, None] != part).any(dim=2)
-        # The published mask is -100: the same weights to 1e-43, but as subnormal numbers, with which a CPU's
-        # softmax takes 12 times as long.
-        mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf)[rows].to(device)
-        keys.append(own.flatten())
-        groups.append(Group(len(own), rows.to(device), mask if apart.any() else None))
-    key = torch.cat(keys)
-    query = key[key < total]
-    answer = query.argsort()
-    place = torch.nonzero(key < total).flatten()[answer]
-    padding = torch.nonzero(key == total).flatten()
+        for sides in product(x.windows, y.windows, z.windows):
+            key += [
+                total if i < 0 or j < 0 or k < 0 else (i * grid[1] + j) * grid[2] + k
+                for i, j, k in product(*sides)
+            ]
+        part = list(product(x.part, y.part, z.part))
+        rows = [place for place, token in enumerate(key[-len(part) :]) if token < total]
+        mask = None
+        if len(set(part)) > 1:
+            parts = torch.tensor(part)  # n 3
+            apart = (parts[rows, None] != parts).any(dim=2)
+            # The published mask is -100: the same weights to 1e-43, but as subnormal numbers, with which a
+            # CPU's softmax takes 12 times as long.
+            mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf).to(device)
+        count = len(x.windows) * len(y.windows) * len(z.windows)
+        groups.append(Group(count, torch.tensor(rows, device=device), mask))
+    query = [token for token in key if token < total]
+    answer, place = [0] * total, [0] * total
+    for index, token in enumerate(query):
+        answer[token] = index
+    for index, token in enumerate(key):
+        if token < total:
+            place[token] = index
+    padding = [index for index, token in enumerate(key) if token == total]
     size = (min(grid[0], window), min(grid[1], window), min(grid[2], window))
-    return Windows(size, tuple(groups), *(table.to(device) for table in (query, answer, key, place, padding)))
+    tables = (
+        torch.tensor(table, dtype=torch.long, device=device) for table in (query, answer, key, place, padding)
+    )
+    return Windows(size, tuple(groups), *tables)
 
 
 class _Slab(NamedTuple):
     """Windows of one axis that are cut alike."""
 
-    source: Tensor  # w n, the position on the axis that is in each place, -1 where that is padding
-    part: Tensor  # n, which places the shift did not bring together from opposite ends of the axis
+    windows: list[list[int]]  # in each place of each window the position on the axis, -1 for padding
+    part: list[bool]  # for each place of a window, on which side of the seam it is
 
 
 def _slabs(extent: int, window: int, shifted: bool) -> list[_Slab]:
@@ -122,15 +131,14 @@ def _slabs(extent: int, window: int, shifted: bool) -> list[_Slab]:
     n = min(extent, window)
     shift = window // 2 if shifted and extent > window else 0
     padded = extent + -extent % n
-    source = (torch.arange(padded) + shift) % padded
-    source = torch.where(source < extent, source, -1).view(-1, n)
-    # the last window holds the end of the axis and, rolled, its beginning
-    last = (torch.arange(len(source)) == len(source) - 1) & (shift > 0)
-    slabs = []
-    for kind in torch.unique(torch.column_stack((source >= 0, last)), dim=0):
-        alike = (torch.column_stack((source >= 0, last)) == kind).all(dim=1)
-        slabs.append(_Slab(source[alike], (torch.arange(n) >= n - shift) & kind[-1]))
-    return slabs
+    rolled = [(position + shift) % padded for position in range(padded)]
+    slabs: dict[tuple[bool, ...], _Slab] = {}
+    for start in range(0, padded, n):
+        own = [position if position < extent else -1 for position in rolled[start : start + n]]
+        seam = shift > 0 and start + n == padded  # the end of the axis meets its beginning
+        part = [seam and place >= n - shift for place in range(n)]
+        slabs.setdefault((seam, *(position < 0 for position in own)), _Slab([], part)).windows.append(own)
+    return list(slabs.values())
 
 
 class _Take(torch.autograd.Function):
