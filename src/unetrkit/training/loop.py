@@ -47,7 +47,7 @@ class LoopSettings(Settings):
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     # decay of the moving average of the weights, such as 0.999; null: none
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # auto: bf16 on a GPU that has it, off elsewhere (a CPU without AMX is slower with it)
+    # auto: bf16 on a GPU or CPU with matrix units for it, else off
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # processes that load data; the batches do not depend on it
