@@ -89,7 +89,7 @@ def test_scans_become_measured_results(unetrkit, tmp_path, request, data, recipe
         predicted = nib.load(predictions / Path(entry["image"]).name)
         assert predicted.shape == source.shape
         np.testing.assert_allclose(predicted.affine, source.affine, atol=1e-4)
-    rows = list(csv.DictReader((report / "metrics.csv").open()))
+    rows = list(csv.DictReader((report / "metrics.csv").read_text().splitlines()))
     assert len(rows) == len(listed) * (len(json.loads((store / "plan.json").read_text())["classes"]) - 1)
     page = (report / "report.html").read_text()
     assert "http" + "://" not in page.replace("http://www.w3.org", "") and "https://" not in page
