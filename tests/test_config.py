@@ -100,7 +100,7 @@ def test_value_is_what_a_person_means(text: str, value: object) -> None:
         ("loop.amp=fp8", "`loop.amp` is \"fp8\": expected 'off' or 'bf16'", ""),
         ("loop.clip=x", '`loop.clip` is "x": expected a valid number', ""),
         ("patch=96,96", "`patch` is [96, 96]: ", ""),
-        ("patch=96,96,x", '`patch` is "96,96,x": expected a valid array', ""),
+        ("patch=96,96,x", '`patch` is "96,96,x": expected a list', ""),
         ("optim=3", "`optim` is 3: expected an object", ""),
         ("network.depth=3", "`network` is", ""),
         ("data.x=1", "`data.x` is not a setting: `data` is 'store'", ""),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,10 +34,7 @@ def load_recipe(settings: type[S], recipe: str | Path, overrides: Sequence[str] 
     overrides: `section.name=value`, in order; a value is a YAML scalar, or a list as `96,96,96` or `[a, b]`.
     Raises UserError for an unknown recipe, an unknown name, a value of the wrong type, a missing setting.
     """
-    values = read_recipe(recipe)
-    for override in overrides:
-        _override(values, override)
-    return settings_from(settings, values)
+    return settings_from(settings, overridden(read_recipe(recipe), overrides))
 
 
 def apply_overrides(settings: type[S], overrides: Sequence[str]) -> S:
@@ -48,10 +45,7 @@ def apply_overrides(settings: type[S], overrides: Sequence[str]) -> S:
     >>> apply_overrides(Window, ["overlap=0.25"])
     Window(overlap=0.25)
     """
-    values: dict[str, object] = {}
-    for override in overrides:
-        _override(values, override)
-    return settings_from(settings, values)
+    return settings_from(settings, overridden({}, overrides))
 
 
 def read_recipe(recipe: str | Path) -> dict[str, object]:
@@ -62,25 +56,18 @@ def read_recipe(recipe: str | Path) -> dict[str, object]:
         return parse_yaml(packaged[str(recipe)], f"recipe `{recipe}`")
     if path.suffix.lower() not in {".yaml", ".yml"} and not path.is_file():
         raise UserError(f"there is no recipe `{recipe}`", hint=nearest(str(recipe), packaged))
+    hint = "give a YAML file of settings, or the name of a recipe: `unetrkit info recipes`"
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_RECIPE + 1)
+        text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"cannot read the recipe `{path}`: {error.strerror or error}",
-            hint="give a YAML file that you may read, or the name of a recipe: `unetrkit info recipes`",
-        ) from error
-    if len(content) > LARGEST_RECIPE:
-        raise UserError(
-            f"`{path}` is larger than {LARGEST_RECIPE // 1024} KB: this is not a recipe",
-            hint="give a YAML file of settings",
-        )
-    try:
-        return parse_yaml(content.decode("utf-8-sig"), f"`{path}`")
+        raise UserError(f"cannot read the recipe `{path}`: {error.strerror or error}", hint=hint) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"`{path}` is not a recipe: byte {error.start} is not UTF-8", hint="save it as UTF-8 text"
-        ) from error
+        raise UserError(f"`{path}` is not a recipe: byte {error.start} is not UTF-8", hint=hint) from error
+    if len(content) > LARGEST_RECIPE:
+        raise UserError(f"`{path}` is larger than {LARGEST_RECIPE // 1024} KB: not a recipe", hint=hint)
+    return parse_yaml(text, f"`{path}`")
 
 
 def recipes() -> list[tuple[str, str]]:
@@ -94,14 +81,46 @@ def _packaged() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
 
 
-def settings_from(settings: type[S], values: Mapping[str, object]) -> S:
+def settings_from(settings: type[S], values: Mapping[str, object], source: str = "") -> S:
     """Typed settings from plain values. Raises UserError naming setting, value and what was expected."""
     try:
         # of pydantic's strict modes JSON's is the one in which a list may be a tuple and a string a path;
         # `steps: true` is an error, and so is `seed: "1"`
         return settings.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise _explain(settings, values, error) from None
+        message, hint = _explain(settings, values, error)
+        raise UserError(f"{source}: {message}" if source else message, hint=hint) from None
+
+
+def overridden(values: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
+    """Plain values with `name=value` overrides in order; a number in a name is a position in a list.
+
+    >>> overridden({"optim": {"lr": 0.1}, "spacing": [1, 1, 2]}, ["optim.lr=1e-4", "spacing.2=3"])
+    {'optim': {'lr': 0.0001}, 'spacing': [1, 1, 3]}
+    """
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        parts = name.strip().split(".")
+        if not equals or not all(re.fullmatch(r"\w+", part) for part in parts):
+            raise UserError(
+                f"`{override}` is not a setting", hint="write `name=value`, as in `optim.lr=1e-4`"
+            )
+        values = _replaced(values, parts, parse_value(text))
+    return values
+
+
+def _replaced(inner: Any, parts: Sequence[str], value: object, depth: int = 0) -> Any:
+    if depth == len(parts):
+        return value
+    part = parts[depth]
+    if isinstance(inner, dict):
+        return inner | {part: _replaced(inner.get(part, {}), parts, value, depth + 1)}
+    if isinstance(inner, list) and part in map(str, range(len(inner))):
+        k = int(part)
+        return [*inner[:k], _replaced(inner[k], parts, value, depth + 1), *inner[k + 1 :]]
+    name, above = ".".join(parts), ".".join(parts[:depth])
+    message = f"`{name}` is not a setting: `{above}` is {inner!r}"
+    raise UserError(message, hint=f"write either `{above}=…` or the name of a setting that is there")
 
 
 def to_yaml(settings: Settings) -> str:
@@ -124,71 +143,57 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def _override(values: dict[str, object], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not all(part.isidentifier() for part in name.strip().split(".")):
-        raise UserError(f"`{override}` is not a setting", hint="write `name=value`, as in `optim.lr=1e-4`")
-    *sections, last = name.strip().split(".")
-    section = values
-    for part in sections:
-        inner = section.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise UserError(
-                f"`{name}` is not a setting: `{part}` is {inner!r}",
-                hint=f"write either `{part}=…` or `{name}=…`",
-            )
-        section = inner
-    section[last] = parse_value(text)
-
-
-def _explain(settings: type[Settings], values: Mapping[str, object], error: ValidationError) -> UserError:
-    """One line for the first problem; an unknown name first, since it is often why another one is missing."""
+def _explain(settings: type[Settings], values: object, error: ValidationError) -> tuple[str, str]:
+    """Message and hint for the first problem; unknown names first: often they are why another is missing."""
     problems = error.errors(include_url=False, include_context=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    name = _name(settings, problem["loc"])
-    value: object = values
-    for part in name.split(".") if name else ():
-        value = value.get(part) if isinstance(value, Mapping) else None
+    name, value = _locate(values, problem["loc"])
     if problem["type"] == "extra_forbidden":
         if isinstance(value, Mapping) and value:  # `train.lr` where there is no section `train`
             name = next(iter(flatten({name: value})))
-        return UserError(f"`{name}` is not a setting", hint=_nearest_name(name, list(_names(settings))))
-    if problem["type"] == "missing" and value is None:
-        return UserError(f"`{name}` is not given", hint=f"write `{name}=…`")
-    message = problem["msg"].removeprefix("Value error, ")
-    if message.startswith("Input should be "):
-        message = "expected " + message.removeprefix("Input should be ")
-    if problem["type"] == "missing":
-        message = "expected more values"
-    if not name:  # a rule over several settings; its message names their values
-        return UserError(message, hint="change one of the settings that do not go together")
-    return UserError(
-        f"`{name}` is {json.dumps(value, ensure_ascii=False)}: {message}", hint=_example(settings, name)
-    )
+        return f"`{name}` is not a setting", _nearest_name(name, list(_names(settings)))
+    if problem["type"] == "missing" and isinstance(value, Mapping):
+        name = ".".join(map(str, problem["loc"]))
+        return f"`{name}` is not given", f"write `{name}=…`"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
+    message = "expected more values" if problem["type"] == "missing" else message
+    if isinstance(value, Mapping) and problem["type"] == "value_error":  # its message names their values
+        where = f"`{name}`: " if name else ""
+        return where + message, "change one of the settings that do not go together"
+    message = message.replace("a valid array", "a list")
+    return f"`{name}` is {json.dumps(value, ensure_ascii=False)}: {message}", _example(settings, name)
+
+
+def _locate(values: object, location: Sequence[int | str]) -> tuple[str, object]:
+    """The dotted name and the value at a pydantic location, as far as the values go.
+
+    Locations also hold the members of unions, which are no names.
+    """
+    names: list[str] = []
+    for part in location:
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        else:
+            continue
+        names.append(str(part))
+    return ".".join(names), values
 
 
 def _example(settings: type[BaseModel], name: str) -> str:
-    """What a setting may be: its default, where it has one."""
-    section, _, rest = name.partition(".")
+    """What a setting may be: its description or its default, where it has one."""
+    section, _, rest = _without_positions(name).partition(".")
     field = settings.model_fields[section]
     inner = _model(field.annotation)
+    if inner is not None and rest:
+        return _example(inner, rest)
+    if field.description:
+        return field.description
     if inner is not None:
-        return _example(inner, rest) if rest else f"write `{name}.{next(iter(inner.model_fields))}=…`"
+        return f"write `{name}.{next(iter(inner.model_fields))}=…`"
     default = field.get_default(call_default_factory=True)
     return "write one value of that kind" if field.is_required() else f"the default is {json.dumps(default)}"
-
-
-def _name(settings: type[Settings], location: tuple[int | str, ...]) -> str:
-    """The dotted name in a pydantic location, without the union members and list positions that follow it."""
-    parts: list[str] = []
-    model: type[BaseModel] | None = settings
-    for part in location:
-        if model is None:
-            break
-        parts.append(str(part))
-        field = model.model_fields.get(str(part))
-        model = _model(field.annotation) if field else None
-    return ".".join(parts)
 
 
 def _names(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -201,24 +206,29 @@ def _names(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _model(annotation: object) -> type[BaseModel] | None:
+    """The settings in a type: `Optim` of `Optim | None`, `Intensity` of `tuple[Intensity, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType):
-        return next((m for m in map(_model, get_args(annotation)) if m), None)
-    return None
+    return next((m for m in map(_model, get_args(annotation)) if m), None)
+
+
+def _without_positions(name: str) -> str:
+    return re.sub(r"\.[0-9]+\b", "", name)
 
 
 def _nearest_name(name: str, known: list[str]) -> str:
     """The nearest full name, by its last part above all: `lr` and `train.lr` lead to `optim.lr`."""
+    section, _, last = name.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == _without_positions(section)]
 
     def likeness(candidate: str) -> float:
-        pairs = (name.rpartition(".")[2], candidate.rpartition(".")[2]), (name, candidate)
-        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last + 0.01 * whole
+        pairs = (last, candidate.rpartition(".")[2]), (name, candidate)
+        of_last, of_whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return of_last + 0.01 * of_whole
 
     best = max(known, key=likeness)
-    if likeness(best) >= 0.6:
-        return f"did you mean `{best}`?"
-    section = name.rpartition(".")[0]
-    siblings = [k for k in known if k.rpartition(".")[0] == section] or known
-    return "known: " + ", ".join(siblings)
+    if likeness(best) < 0.6:
+        return "known: " + ", ".join(siblings or known)
+    if best in siblings and section:  # `intensity.0.lower`, with its position
+        best = f"{section}.{best.rpartition('.')[2]}"
+    return f"did you mean `{best}`?"

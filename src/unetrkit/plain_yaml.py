@@ -16,41 +16,31 @@ EXAMPLE = "write `name: value`, one in a line, and what belongs together below `
 def parse_yaml(text: str, source: str) -> dict[str, object]:
     """One YAML mapping, by YAML 1.2's core schema: no tags, no anchors, no name twice, no surprises."""
     try:
-        _refuse_what_a_recipe_never_needs(text, source)
-        values = _Loader(text).get_single_data()
+        _refuse_what_a_recipe_never_needs(text)
+        values = _Loader(text).get_single_data() or {}
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise UserError(
-            f"{source} is not YAML{line}: {getattr(error, 'problem', None) or error}", hint=EXAMPLE
-        ) from error
-    if values is None:
-        return {}
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{source} is not YAML{line}: {problem}", hint=EXAMPLE) from error
     if not isinstance(values, dict):
         raise UserError(f"{source} must hold names and values, found a {type(values).__name__}", hint=EXAMPLE)
     return values
 
 
-def _refuse_what_a_recipe_never_needs(text: str, source: str) -> None:
+def _refuse_what_a_recipe_never_needs(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark else 0
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if tag := getattr(event, "tag", None):
-            raise UserError(
-                f"{source}, line {line}: YAML tags are not allowed, found `{tag}`",
-                hint="remove the tag: a recipe holds plain words, numbers and lists",
-            )
-        if getattr(event, "anchor", None):  # an alias has it too; nine of them can describe a gigabyte
-            raise UserError(
-                f"{source}, line {line}: YAML anchors and aliases are not allowed",
-                hint="write the value out where it is used",
-            )
-        if depth > DEEPEST:
-            raise UserError(
-                f"{source}, line {line}: nested deeper than {DEEPEST}",
-                hint="settings have the form `section: {name: value}`",
-            )
+        refused = {
+            "YAML tags are not allowed": getattr(event, "tag", None),
+            # an alias has it too; nine of them can describe a gigabyte
+            "YAML anchors and aliases are not allowed": getattr(event, "anchor", None),
+            f"nested deeper than {DEEPEST}": depth > DEEPEST,
+        }
+        for problem, found in refused.items():
+            if found:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class _Loader(yaml.SafeLoader):

@@ -46,16 +46,16 @@ def test_a_plan_is_read_back_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [
-        ({"spacin": [1, 1, 1]}, "`spacin` is not a plan entry", "did you mean `spacing`?"),
+        ({"spacin": [1, 1, 1]}, "`spacin` is not a setting", "did you mean `spacing`?"),
         ({"spacing": [1, 1, -1]}, "`spacing.2` is -1: expected greater than 0", ""),
         ({"spacing": [1, 1, float("nan")]}, "`spacing.2` is NaN: expected a finite number", ""),
-        ({"spacing": [1, 1]}, "`spacing.2` is missing", "`unetrkit prepare` writes"),
+        ({"spacing": [1, 1]}, "`spacing` is [1, 1]: expected more values", "mm along"),
         ({"spacing": ["1", 1, 1]}, '`spacing.0` is "1": expected a valid number', ""),
         ({"patch_size": [96, 96, 90]}, "`patch_size.2` is 90: expected a multiple of 16", ""),
         (
             {"intensity": [{"kind": "window", "lowr": 0, "upper": 1}]},
-            "`intensity.0.lowr` is not a plan entry",
-            "did you mean `lower`?",
+            "`intensity.0.lowr` is not a setting",
+            "did you mean `intensity.0.lower`?",
         ),
         (
             {"intensity": [{"kind": "window", "lower": 3, "upper": 3}]},
@@ -111,11 +111,11 @@ def test_overrides_replace_entries_in_order() -> None:
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
-        ("spacin=1,1,1", "`spacin` is not a plan entry", "did you mean `spacing`?"),
-        ("intensity.1.lower=3", "`intensity.1.lower` is not a plan entry", "known: 0"),
-        ("intensity.0.lowr=3", "`intensity.0.lowr` is not a plan entry", "did you mean `lower`?"),
-        ("spacing.0.x=3", "nothing inside 0.8", ""),
-        ("spacing", "`spacing` is not a plan entry", "write `name=value`"),
+        ("spacin=1,1,1", "`spacin` is not a setting", "did you mean `spacing`?"),
+        ("intensity.1.lower=3", "`intensity.1.lower` is not a setting", "write either `intensity=…`"),
+        ("intensity.0.lowr=3", "`intensity.0.lowr` is not a setting", "did you mean `intensity.0.lower`?"),
+        ("spacing.0.x=3", "`spacing.0` is 0.8", ""),
+        ("spacing", "`spacing` is not a setting", "write `name=value`"),
         ("spacing=1.5", "`spacing` is 1.5: expected a list", ""),
         ("patch_size=100,100,100", "`patch_size.0` is 100: expected a multiple of 16", ""),
     ],

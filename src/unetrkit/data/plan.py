@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from unetrkit.config import Settings
+from unetrkit.config import Settings, overridden, settings_from
 from unetrkit.data.files import atomic_write, read_json
 from unetrkit.errors import UserError, nearest
-from unetrkit.plain_yaml import parse_value
-
-__all__ = [
-    "PUBLISHED",
-    "Extent",
-    "Intensity",
-    "LabelClass",
-    "Plan",
-    "Settings",
-    "apply_published",
-    "override_plan",
-    "parse_plan",
-    "plan_hash",
-    "read_plan",
-    "write_plan",
-]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -59,9 +43,7 @@ class Intensity(Settings):
         if not self.lower < self.upper:
             raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
         if self.kind == "zscore" and not (0 <= self.lower and self.upper <= 100):
-            raise ValueError(
-                f"lower and upper of a zscore are percentiles, found {self.lower} and {self.upper}"
-            )
+            raise ValueError(f"those of a zscore are percentiles, found {self.lower} and {self.upper}")
         return self
 
 
@@ -71,13 +53,19 @@ class Plan(Settings):
     Space: volumes are brought to RAS+ axes, cropped to foreground, resampled to `spacing` (mm), normalised.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1] = Field(1, description="prepare the plan again with this version of unetrkit")
     dataset: str
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     classes: tuple[LabelClass, ...]
-    spacing: tuple[Positive, Positive, Positive]
-    intensity: tuple[Intensity, ...]
-    patch_size: tuple[Extent, Extent, Extent]
+    spacing: tuple[Positive, Positive, Positive] = Field(
+        description="mm along x, y and z, as in `spacing=1.5,1.5,2.0`"
+    )
+    intensity: tuple[Intensity, ...] = Field(
+        description="as in `intensity.0.kind=window`, `intensity.0.lower=-175` and `intensity.0.upper=250`"
+    )
+    patch_size: tuple[Extent, Extent, Extent] = Field(
+        description="voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`"
+    )
     crop_foreground: bool = True
     # pairs of label ids that a mirror exchanges: left and right organs
     mirror_pairs: tuple[tuple[int, int], ...] = ()
@@ -122,15 +110,6 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }
 
 
-EXAMPLES = {
-    "spacing": "mm along x, y and z, as in `spacing=1.5,1.5,2.0`",
-    "patch_size": "voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`",
-    "intensity": "as in `intensity.0.kind=window`, `intensity.0.lower=-175` and `intensity.0.upper=250`",
-    "crop_foreground": "`crop_foreground=true` or `crop_foreground=false`",
-    "version": "prepare the plan again with this version of unetrkit",
-}
-
-
 def read_plan(path: Path) -> Plan:
     """The plan in a JSON file. Raises UserError naming the file, the field and the value that is wrong."""
     return parse_plan(read_json(path), f"`{path}`")
@@ -147,17 +126,8 @@ def plan_bytes(plan: Plan) -> bytes:
 
 
 def plan_hash(plan: Plan, without: Iterable[str] = ("dataset", "statistics")) -> str:
-    """SHA-256 of what a plan says; where it was computed from does not count.
-
-    >>> small = {"dataset": "A", "channels": ["CT"], "spacing": [1, 1, 1], "patch_size": [96, 96, 96],
-    ...     "classes": [{"id": 0, "name": "background"}, {"id": 1, "name": "liver"}],
-    ...     "intensity": [{"kind": "window", "lower": -175, "upper": 250}]}
-    >>> plan_hash(parse_plan(small, "A")) == plan_hash(parse_plan(small | {"dataset": "B"}, "B"))
-    True
-    """
-    content = json.dumps(
-        plan.model_dump(mode="json", exclude=set(without)), sort_keys=True, ensure_ascii=True
-    )
+    """SHA-256 of what a plan says; where it was computed from does not count."""
+    content = json.dumps(plan.model_dump(mode="json", exclude=set(without)), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -165,11 +135,6 @@ def apply_published(plan: Plan, name: str) -> Plan:
     """The plan with all that the published recipe `name` fixes. Raises UserError for an unknown name."""
     if name not in PUBLISHED:
         raise UserError(f"there is no published plan `{name}`", hint=nearest(name, PUBLISHED))
-    if len(plan.channels) != 1:
-        raise UserError(
-            f"the published plan `{name}` is for 1 channel, `{plan.dataset}` has {len(plan.channels)}",
-            hint="leave out `--published`: a plan is then computed from your data",
-        )
     return parse_plan(plan.model_dump(mode="json") | PUBLISHED[name], f"published plan `{name}`")
 
 
@@ -178,80 +143,14 @@ def override_plan(plan: Plan, overrides: Sequence[str]) -> Plan:
 
     Raises UserError for an entry that a plan does not have, and for a value that it cannot take.
     """
-    values = plan.model_dump(mode="json")
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(
-                f"`{override}` is not a plan entry", hint="write `name=value`, as in `spacing=1.5,1.5,2.0`"
-            )
-        _replace(values, name.strip(), parse_value(text))
-    return parse_plan(values, "plan") if overrides else plan
-
-
-def _replace(values: dict[str, object], name: str, value: object) -> None:
-    """Puts `value` at a dotted name; a part of it that is a number is a position in a list."""
-    *parts, last = name.split(".")
-    inner: object = values
-    for part in [*parts, last]:
-        if not isinstance(inner, (dict, list)):
-            raise UserError(
-                f"`{name}` is not a plan entry: there is nothing inside {inner!r}",
-                hint="give the whole entry, as in `spacing=1.5,1.5,2.0`",
-            )
-        entries: dict = inner if isinstance(inner, dict) else {str(i): v for i, v in enumerate(inner)}
-        if part not in entries:
-            raise UserError(f"`{name}` is not a plan entry", hint=nearest(part, entries))
-        outer, inner = inner, entries[part]
-    if isinstance(outer, dict):
-        outer[last] = value
-    else:
-        outer[int(last)] = value
+    return parse_plan(overridden(plan.model_dump(mode="json"), overrides), "plan") if overrides else plan
 
 
 def parse_plan(values: object, source: str) -> Plan:
     """A plan from plain values (JSON's). Raises UserError naming `source`, the field and its wrong value."""
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise UserError(
             f"{source} is not a plan: expected names and values, found a {type(values).__name__}",
             hint="give the `plan.json` that `unetrkit prepare` wrote",
         )
-    try:
-        # pydantic's strict mode for JSON: a list may be a tuple, but "1.5" is not a number
-        return Plan.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise _explain(error, source) from None
-
-
-def _explain(error: ValidationError, source: str) -> UserError:
-    """One line for the first problem; an unknown name first, since it is often why another one is missing."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    name = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        return UserError(
-            f"{source}: `{name}` is not a plan entry", hint=nearest(str(problem["loc"][-1]), _known(name))
-        )
-    if problem["type"] == "missing":
-        return UserError(
-            f"{source}: `{name}` is missing", hint="`unetrkit prepare` writes a whole plan to start from"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], Mapping):  # a rule over several fields; its message names their values
-        where = f"{source}: `{name}`" if name else source
-        return UserError(f"{where}: {message}", hint="change one of the two so that they agree")
-    message = message.replace("Input should be ", "expected ").replace("valid array", "list")
-    found = json.dumps(problem["input"], ensure_ascii=False)
-    example = EXAMPLES.get(str(problem["loc"][0]), "see a `plan.json` that `unetrkit prepare` wrote")
-    return UserError(f"{source}: `{name}` is {found}: {message}", hint=example)
-
-
-def _known(name: str) -> list[str]:
-    """The fields beside the one at the end of a dotted name."""
-    field = Plan.model_fields.get(name.partition(".")[0])
-    inner = (
-        [a for a in get_args(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if field
-        else []
-    )
-    return list((inner[0] if inner else Plan).model_fields)
+    return settings_from(Plan, values, source)
