@@ -7,10 +7,10 @@ written; here it is checked.
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,11 @@ class Case:
     split: Split
     fold: int | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images and the label."""
+        return self.images if self.label is None else (*self.images, self.label)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -57,9 +62,8 @@ def read_dataset(path: Path, *, allow_outside: bool = False, channels: int | Non
 
     Relative paths start at the folder of the list. A path that leaves that folder (absolute, `..`, a link)
     is refused unless `allow_outside`. The subject of a case is its entry's `subject`, else the `sub-…` of a
-    BIDS path, else the case's name: nothing more is guessed. Cases keep the order of the list: training,
-    validation, test. `channels`: where a model asks for so many, X_0000, X_0001 … in a folder of scans
-    without labels are the channels of one case X.
+    BIDS path, else the case's name. Cases come in the order of the list: training, validation, test.
+    channels: where a model asks for so many, X_0000, X_0001 … in a folder of unlabelled scans are one case X.
 
     Raises UserError, naming the entry: missing files, an image listed twice, a training case without a
     label in a data set with labels, anything that is not what the layout says.
@@ -67,23 +71,25 @@ def read_dataset(path: Path, *, allow_outside: bool = False, channels: int | Non
     listing = read_layout(path, channels)
     if not listing.entries:
         raise UserError(f"`{path}` lists no cases", hint="add cases to `training`, `validation` or `test`")
-    found = [_locate(entry, listing.root, allow_outside) for entry in listing.entries]
-    _require_files(listing, found)
+    _require_files(listing, allow_outside)
     _require_labels(listing)
-    _require_distinct(listing, found)
-    names = _names(listing, found)
-    cases = tuple(
-        Case(
-            name,
-            images,
-            label,
-            entry.subject or _bids_subject(images[0], listing.root) or name,
-            entry.split,
-            entry.fold,
+    _require_distinct(listing)
+    cases = []
+    for entry, name in zip(listing.entries, _names(listing), strict=True):
+        subject = entry.subject or _bids_subject(entry.images[0], listing.root) or name
+        cases.append(Case(name, entry.images, entry.label, subject, entry.split, entry.fold))
+    return Dataset(listing.name, listing.root, tuple(cases), listing.labels, _channels(listing))
+
+
+def labelled_cases(dataset: Dataset) -> list[Case]:
+    """The cases that something can be learnt from; raises UserError where there are none."""
+    cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
+    if not cases:
+        raise UserError(
+            f"`{dataset.name}` has no labelled case to learn from",
+            hint="add cases with an `image` and a `label` to `training`",
         )
-        for entry, (images, label), name in zip(listing.entries, found, names, strict=True)
-    )
-    return Dataset(listing.name, listing.root, cases, listing.labels, _channels(listing))
+    return cases
 
 
 def outside(path: Path, root: Path) -> bool:
@@ -91,42 +97,26 @@ def outside(path: Path, root: Path) -> bool:
     return not path.resolve().is_relative_to(root.resolve())
 
 
-def _locate(entry: Entry, root: Path, allow_outside: bool) -> tuple[tuple[Path, ...], Path | None]:
-    written = [*entry.images, *([entry.label] if entry.label else [])]
-    for text in written:
-        if problem := _problem(root / text):
+def _require_files(listing: Listing, allow_outside: bool) -> None:
+    missing = []
+    for entry, path in [(one, path) for one in listing.entries for path in one.files]:
+        try:
+            leaves, exists = outside(path, listing.root), path.exists()
+        # too long; a NUL, half a surrogate pair; before Python 3.13 a loop of links
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)[:100]
             raise UserError(
-                f"{entry.where}: {text[:60]!r} cannot be the name of a file: {problem}",
+                f"{entry.where}: {path.name[:60]!r} cannot be the name of a file: {reason}",
                 hint="correct the path in the list",
-            )
-        if not allow_outside and outside(root / text, root):
+            ) from error
+        if leaves and not allow_outside:
+            written = os.path.relpath(path, listing.root)
             raise UserError(
-                f"{entry.where}: `{text}` leads out of the folder `{root}`",
+                f"{entry.where}: `{written}` leads out of the folder `{listing.root}`",
                 hint="move the file there, or pass --allow-outside if you trust this list",
             )
-    paths = tuple(root / text for text in entry.images)
-    return paths, root / entry.label if entry.label else None
-
-
-def _problem(path: Path) -> str | None:
-    """Why the operating system does not take a path; whether there is a file is another question."""
-    try:
-        path.resolve().exists()
-    except OSError as error:
-        return error.strerror
-    # a NUL, half a surrogate pair; before Python 3.13 a loop of links
-    except (ValueError, RuntimeError) as error:
-        return str(error)[:100]
-    return None
-
-
-def _require_files(listing: Listing, found: list[tuple[tuple[Path, ...], Path | None]]) -> None:
-    missing = [
-        f"{entry.where}: there is no file `{path}`"
-        for entry, (images, label) in zip(listing.entries, found, strict=True)
-        for path in (*images, *([label] if label else []))
-        if not path.exists()
-    ]
+        if not exists:
+            missing.append(f"{entry.where}: there is no file `{path}`")
     if missing:
         others = f" (nor {len(missing) - 1} others of this list)" if len(missing) > 1 else ""
         raise UserError(missing[0] + others, hint=f"paths start at `{listing.root}`")
@@ -142,84 +132,75 @@ def _require_labels(listing: Listing) -> None:
         )
 
 
-def _require_distinct(listing: Listing, found: list[tuple[tuple[Path, ...], Path | None]]) -> None:
+def _require_distinct(listing: Listing) -> None:
     seen: dict[Path, Entry] = {}
-    for entry, (images, label) in zip(listing.entries, found, strict=True):
-        for path in images:
-            real = path.resolve()
-            if real in seen:
-                raise UserError(
-                    f"{entry.where} and {seen[real].where} have the same image `{path}`",
-                    hint="remove one of the two entries",
-                )
-            seen[real] = entry
-        if label and label.resolve() in {path.resolve() for path in images}:
+    for entry, path in [(one, path) for one in listing.entries for path in one.images]:
+        real = path.resolve()
+        if real in seen:
             raise UserError(
-                f"{entry.where}: `{label}` is both image and label",
+                f"{entry.where} and {seen[real].where} have the same image `{path}`",
+                hint="remove one of the two entries",
+            )
+        seen[real] = entry
+        if entry.label and entry.label.resolve() == real:
+            raise UserError(
+                f"{entry.where}: `{entry.label}` is both image and label",
                 hint="give the file of the label map as `label`",
             )
 
 
 def _channels(listing: Listing) -> tuple[str, ...]:
-    first = listing.entries[0]
+    first, declared = listing.entries[0], listing.channels
+    count = len(first.images)
     for entry in listing.entries:
-        if len(entry.images) != len(first.images):
+        if len(entry.images) != count:
             raise UserError(
-                f"{entry.where} has {len(entry.images)} images, but {first.where} has {len(first.images)}",
+                f"{entry.where} has {len(entry.images)} images, but {first.where} has {count}",
                 hint="give every case one file, or one file per channel",
             )
-    count = len(first.images)
     # one 4D file may hold all the declared channels
-    if listing.channels and count not in (1, len(listing.channels)):
+    if declared and count not in (1, len(declared)):
         raise UserError(
-            f"{first.where} has {count} images, but {len(listing.channels)} channels are declared",
+            f"{first.where} has {count} images, but {len(declared)} channels are declared",
             hint="declare as many channels as there are files for each case",
         )
-    return listing.channels or (("image",) if count == 1 else tuple(f"image_{k}" for k in range(count)))
+    return declared or (("image",) if count == 1 else tuple(f"image_{k}" for k in range(count)))
 
 
-def _names(listing: Listing, found: list[tuple[tuple[Path, ...], Path | None]]) -> list[str]:
-    candidates = [
-        list(_longer_names(entry, images[0], listing.root))
-        for entry, (images, _) in zip(listing.entries, found, strict=True)
-    ]
-    names = [of_case[0] for of_case in candidates]
-    for depth in range(1, max(len(of_case) for of_case in candidates)):
+def _names(listing: Listing) -> list[str]:
+    """Unique names, safe as those of files: with as many folders in front as it takes."""
+    entries, depths = listing.entries, [0] * len(listing.entries)
+    while True:
+        names = [_name(entry, listing.root, depth) for entry, depth in zip(entries, depths, strict=True)]
         # a Mac or Windows disk takes names that differ in case or in Unicode form for one
-        counts = Counter(_folded(name) for name in names)
-        names = [
-            of_case[min(depth, len(of_case) - 1)] if counts[_folded(name)] > 1 else name
-            for name, of_case in zip(names, candidates, strict=True)
+        folded = [unicodedata.normalize("NFC", name).casefold() for name in names]
+        counts = Counter(folded)
+        room = [
+            depth < len(_folders(e.images[0], listing.root)) for e, depth in zip(entries, depths, strict=True)
         ]
+        longer = [counts[key] > 1 and more for key, more in zip(folded, room, strict=True)]
+        if not any(longer):
+            break
+        depths = [depth + more for depth, more in zip(depths, longer, strict=True)]
     owners: dict[str, Entry] = {}
-    for entry, name in zip(listing.entries, names, strict=True):
-        other = owners.setdefault(_folded(name), entry)
+    for entry, name, key in zip(entries, names, folded, strict=True):
+        other = owners.setdefault(key, entry)
         if other is not entry:
-            raise UserError(
-                f"{entry.where} and {other.where} would both be the case `{name}`", hint="rename an image"
-            )
+            message = f"{entry.where} and {other.where} would both be the case `{name}`"
+            raise UserError(message, hint="rename an image")
     return names
 
 
-def _longer_names(entry: Entry, image: Path, root: Path) -> Iterator[str]:
-    """Safe file names for a case, each with one folder more in front."""
-    name = entry.name or stem(image)
-    yield _safe(name)
-    folders = image.relative_to(root).parent.parts if image.is_relative_to(root) else image.parent.parts
-    for folder in reversed(folders):
-        name = f"{folder}_{name}"
-        yield _safe(name)
-
-
-def _safe(name: str) -> str:
+def _name(entry: Entry, root: Path, depth: int) -> str:
+    folders = _folders(entry.images[0], root)
+    name = "_".join([*folders[len(folders) - depth :], entry.name or stem(entry.images[0])])
     return UNSAFE.sub("_", name).strip(". ") or "case"
 
 
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+def _folders(image: Path, root: Path) -> tuple[str, ...]:
+    return (image.relative_to(root) if image.is_relative_to(root) else image).parent.parts
 
 
 def _bids_subject(image: Path, root: Path) -> str | None:
-    parts = image.relative_to(root).parts if image.is_relative_to(root) else image.parts
-    matches = (BIDS_SUBJECT.fullmatch(part) for part in parts)
+    matches = (BIDS_SUBJECT.fullmatch(part) for part in (*_folders(image, root), image.name))
     return next((match[1] for match in matches if match), None)

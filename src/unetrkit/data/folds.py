@@ -38,9 +38,10 @@ def assign_folds(subjects: Iterable[str], folds: int = 5, seed: int = 0) -> dict
     {'ann': 0, 'cleo': 1, 'ben': 1}
     """
     counts = Counter(subjects)
+    rank = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in counts}
     sizes = [0] * folds
     chosen: dict[str, int] = {}
-    for subject in sorted(counts, key=lambda name: (-counts[name], _rank(name, seed), name)):
+    for subject in sorted(counts, key=lambda name: (-counts[name], rank[name])):
         fold = sizes.index(min(sizes))
         sizes[fold] += counts[subject]
         chosen[subject] = fold
@@ -74,20 +75,18 @@ def split_cases(
 def _cross_validate(
     cases: list[AnyCase], fold: int, folds: int, seed: int
 ) -> tuple[list[AnyCase], list[AnyCase]]:
-    declared = sorted({case.fold for case in cases if case.fold is not None})
-    if declared:
-        if fold not in declared:
-            raise UserError(f"fold {fold} is not declared in the data list", hint=f"its folds are {declared}")
-        held_out = [case.fold == fold for case in cases]
-    else:
+    fold_of = [case.fold for case in cases]
+    declared = sorted({k for k in fold_of if k is not None})
+    if declared and fold not in declared:
+        raise UserError(f"fold {fold} is not declared in the data list", hint=f"its folds are {declared}")
+    if not declared:
         if folds < 2 or not 0 <= fold < folds:
-            raise UserError(
-                f"there is no fold {fold} among {folds} folds", hint="2 or more folds, counted from 0"
-            )
+            message = f"there is no fold {fold} among {folds} folds"
+            raise UserError(message, hint="2 or more folds, counted from 0")
         chosen = assign_folds((case.subject for case in cases), folds, seed)
-        held_out = [chosen[case.subject] == fold for case in cases]
-    training = [case for case, held in zip(cases, held_out, strict=True) if not held]
-    validation = [case for case, held in zip(cases, held_out, strict=True) if held]
+        fold_of = [chosen[case.subject] for case in cases]
+    training = [case for case, k in zip(cases, fold_of, strict=True) if k != fold]
+    validation = [case for case, k in zip(cases, fold_of, strict=True) if k == fold]
     if not training or not validation:
         subjects = len({case.subject for case in cases})
         raise UserError(
@@ -95,7 +94,3 @@ def _cross_validate(
             hint=f"the data set has {subjects} subjects for training; use fewer folds, or add cases",
         )
     return training, validation
-
-
-def _rank(subject: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{subject}".encode()).digest()
