@@ -82,7 +82,7 @@ def test_a_sound_data_set_has_no_findings_and_its_facts_are_right(dataset):
 
 def test_the_number_of_workers_changes_nothing_and_progress_counts_to_the_end(dataset):
     seen: list[tuple[int, int]] = []
-    report = check(dataset, workers=2, progress=lambda done, total: seen.append((done, total)))
+    report = check(dataset, workers=2, progress=lambda done, total, name: seen.append((done, total)))
     assert report == check(dataset, workers=1)
     assert seen == [(k, 6) for k in range(1, 7)]
 

@@ -182,8 +182,8 @@ KILL = """
 import os, sys
 from functools import partial
 from pathlib import Path
-from unetrkit.data import prepare as module
-from unetrkit.data.processes import for_each
+from unetrkit.data import processes
+from unetrkit.data.prepare import prepare
 sys.path.insert(0, sys.argv[1])
 import test_prepare as own
 
@@ -199,9 +199,9 @@ def progress(done, total, name):
 
 if __name__ == "__main__":
     os.fsync = fsync
-    module.for_each = partial(for_each, patience=0)
+    processes.for_each = partial(processes.for_each, patience=0)
     dataset = own.make_dataset(Path(sys.argv[2]))
-    module.prepare(dataset, own.NATIVE, Path(sys.argv[3]), workers=int(sys.argv[6]), progress=progress)
+    prepare(dataset, own.NATIVE, Path(sys.argv[3]), workers=int(sys.argv[6]), progress=progress)
 """
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unetrkit.data.check import Report
+from unetrkit.data.check import Report, by
 from unetrkit.data.inspection import Finding
 
 FINDINGS = 3  # of one kind that are shown; the others are counted
@@ -23,23 +22,20 @@ CLASSES = 25
 def print_report(report: Report, console: Console | None = None) -> None:
     """Prints what the data set is, its classes, and the findings: errors last, where they are in sight."""
     console = console or Console()
-    console.print(
-        f"[bold]{escape(report.dataset.name)}[/bold]\n{escape(_summary(report))}\n", highlight=False
-    )
+    heading = f"[bold]{escape(report.dataset.name)}[/bold]"
+    console.print(f"{heading}\n{escape(_summary(report))}\n", highlight=False)
     if any(facts.shape for facts in report.cases):
         console.print(_ranges_table(report), "")
     if any(facts.counts for facts in report.cases):
         console.print(_class_table(report), "")
     for colour, findings in (("yellow", report.warnings), ("red", report.errors)):
-        alike = sorted(findings, key=_kind)
-        for _, group in groupby(alike, key=_kind):
-            _print_group(list(group), report.dataset.root, colour, console)
-    console.print(
-        f"{_many(len(report.cases), 'case')} read: {_many(len(report.errors), 'error')}, "
-        f"{_many(len(report.warnings), 'warning')}",
-        style="bold red" if report.errors else "bold green",
-        highlight=False,
-    )
+        for _, group in groupby(sorted(findings, key=_kind), key=_kind):
+            text = _group(list(group), colour).replace(escape(f"`{report.dataset.root}/"), "`")
+            console.print(text, highlight=False, soft_wrap=True)
+    found = f"{_many(len(report.errors), 'error')}, {_many(len(report.warnings), 'warning')}"
+    colour = "red" if report.errors else "green"
+    text = f"[bold {colour}]{_many(len(report.cases), 'case')} read: {found}[/]"
+    console.print(text, highlight=False)
 
 
 def _summary(report: Report) -> str:
@@ -53,32 +49,29 @@ def _summary(report: Report) -> str:
     folds = Counter(case.fold for case in cases if case.fold is not None)
     if folds:
         parts.append(f"declared folds of {', '.join(str(folds[fold]) for fold in sorted(folds))}")
-    for kinds in (
-        Counter(f.axes for f in report.cases if f.axes),
-        Counter(f.dtype for f in report.cases if f.dtype),
-    ):
-        parts.append(
-            ", ".join(f"{kind} ({n})" if len(kinds) > 1 else kind for kind, n in kinds.most_common(4))
-        )
+    read = [facts for facts in report.cases if facts.shape]
+    for kinds in (Counter(facts.axes for facts in read), Counter(facts.dtype for facts in read)):
+        common = kinds.most_common(4)
+        parts.append(", ".join(f"{kind} ({n})" if len(kinds) > 1 else kind for kind, n in common))
     return "; ".join(part for part in parts if part)
 
 
 def _ranges_table(report: Report) -> Table:
-    table = _table("", "min", "median", "max")
-    _add_range(table, "size (R x A x S voxels)", [facts.shape for facts in report.cases if facts.shape])
-    _add_range(table, "spacing (mm)", [facts.spacing for facts in report.cases if facts.spacing])
+    read = [facts for facts in report.cases if facts.shape]
+    rows: list[tuple[str, list]] = [
+        ("size (R x A x S voxels)", [facts.shape for facts in read]),
+        ("spacing (mm)", [facts.spacing for facts in read]),
+    ]
     for k, name in enumerate(report.dataset.channels):
-        channels = [facts.channels[k] for facts in report.cases if len(facts.channels) > k]
-        if channels:
-            _add_range(table, f"{name} percentile 0.5", [(channel.low,) for channel in channels])
-            _add_range(table, f"{name} percentile 99.5", [(channel.high,) for channel in channels])
+        channels = [facts.channels[k] for facts in read if len(facts.channels) > k]
+        rows.append((f"{name} percentile 0.5", [[channel.low] for channel in channels]))
+        rows.append((f"{name} percentile 99.5", [[channel.high] for channel in channels]))
+    table = _table("", "min", "median", "max")
+    for name, values in rows:
+        if values:
+            columns = (np.min(values, axis=0), np.median(values, axis=0), np.max(values, axis=0))
+            table.add_row(escape(name), *(by(column) for column in columns))
     return table
-
-
-def _add_range(table: Table, name: str, rows: Sequence[Iterable[float]]) -> None:
-    values = np.array([tuple(row) for row in rows], dtype=np.float64)
-    columns = (values.min(axis=0), np.median(values, axis=0), values.max(axis=0))
-    table.add_row(escape(name), *(" x ".join(f"{value:.4g}" for value in column) for column in columns))
 
 
 def _class_table(report: Report) -> Table:
@@ -100,23 +93,19 @@ def _class_table(report: Report) -> Table:
     return table
 
 
-def _print_group(findings: Sequence[Finding], root: Path, colour: str, console: Console) -> None:
-    for finding in findings[:FINDINGS]:
-        message = finding.message.replace(f"`{root}/", "`")
-        console.print(
-            f"[{colour}]{finding.severity}[/{colour}] ({finding.code}): {escape(message)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if len(findings) > FINDINGS:
-        names = [finding.case for finding in findings[FINDINGS:]]
+def _group(findings: Sequence[Finding], colour: str) -> str:
+    """The findings of one kind: the first of them, the names of the others, what to do."""
+    lines = [
+        f"[{colour}]{finding.severity}[/{colour}] ({finding.code}): {escape(finding.message)}"
+        for finding in findings[:FINDINGS]
+    ]
+    names = [finding.case for finding in findings[FINDINGS:]]
+    if names:
         some = ", ".join(names[:NAMES]) + (", …" if len(names) > NAMES else "")
-        console.print(
-            f"  and {_many(len(names), 'case')} more: {escape(some)}", highlight=False, soft_wrap=True
-        )
+        lines.append(f"  and {_many(len(names), 'case')} more: {escape(some)}")
     if findings[0].hint:
-        console.print(f"  hint: {escape(findings[0].hint)}", highlight=False, soft_wrap=True)
-    console.print()
+        lines.append(f"  hint: {escape(findings[0].hint)}")
+    return "\n".join(lines) + "\n"
 
 
 def _kind(finding: Finding) -> tuple[str, str]:

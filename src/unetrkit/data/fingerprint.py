@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from unetrkit.data.datalist import Case, Dataset
-from unetrkit.data.geometry import spacing_of, to_ras, turn
+from unetrkit.data.datalist import Case, Dataset, labelled_cases
+from unetrkit.data.declared import is_ct
+from unetrkit.data.geometry import Triple, spacing_of, to_ras, turn
+from unetrkit.data.inspection import count_labels
 from unetrkit.data.plan import Intensity, LabelClass, Plan
 from unetrkit.data.prepare import read_pair
 from unetrkit.data.preprocess import foreground_box
-from unetrkit.data.processes import for_each
+from unetrkit.data.processes import map_cases
 from unetrkit.errors import UserError
+from unetrkit.progress import Progress
 
-Triple = tuple[int, int, int]
 Extent = tuple[float, float, float]  # mm
-Progress = Callable[[int, int, str], None]
 
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 10_000  # foreground voxels of each case that the percentiles of the set are taken from
@@ -54,33 +55,48 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
     mirror_pairs: `find_mirror_pairs`.
     Raises UserError for a case that cannot be read, and where no voxel is labelled.
     """
-    cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
-    if not cases:
-        raise UserError(
-            f"`{dataset.name}` has no labelled case to plan from",
-            hint="add cases with an `image` and a `label` to `training`",
-        )
-    found: dict[int, Fingerprint] = {}
-    for done, (position, one) in enumerate(for_each(fingerprint, cases, workers, lambda case: case.name), 1):
-        found[position] = one
-        if progress:
-            progress(done, len(cases), cases[position].name)
-    # in the order of the data set, whatever the workers did
-    prints = [found[position] for position in range(len(cases))]
-    _require_channels(dataset, cases, prints)
-    return plan_from(dataset, prints)
-
-
-def _require_channels(dataset: Dataset, cases: Sequence[Case], prints: Sequence[Fingerprint]) -> None:
-    counts = [len(one.samples) for one in prints]
-    expected = len(dataset.channels) or counts[0]
-    for case, count in zip(cases, counts, strict=True):
-        if count != expected:
-            other = "are declared" if dataset.channels else f"has `{cases[0].images[0]}`"
+    cases = labelled_cases(dataset)
+    prints = map_cases(fingerprint, cases, workers, progress)
+    channels = dataset.channels or tuple(f"channel {k}" for k in range(len(prints[0].samples)))
+    for case, one in zip(cases, prints, strict=True):
+        if len(one.samples) != len(channels):
             raise UserError(
-                f"`{case.images[0]}` has {count} channels, {expected} {other}",
+                f"`{case.images[0]}` has {len(one.samples)} channels, {len(channels)} are declared",
                 hint="name every channel in `channel_names`, and give every case all of them",
             )
+    counts = sum((Counter(one.counts) for one in prints), Counter())
+    if not set(counts) - {0}:
+        raise UserError(
+            f"no voxel of `{dataset.name}` is labelled: there is nothing to learn",
+            hint="check that the labels are the drawn masks: `unetrkit check` counts their voxels",
+        )
+    samples = np.concatenate([one.samples for one in prints], axis=1)
+    declared = [is_ct(name) for name in channels]
+    ct = [all(one.like_ct[k] for one in prints) if says is None else says for k, says in enumerate(declared)]
+    x, y, z = (float(f"{mm:.6g}") for mm in np.median([one.spacing for one in prints], axis=0))
+    extent = np.median([one.body_box if all(ct) else one.relative_box for one in prints], axis=0).tolist()
+    names = {0: "background"} | (dataset.labels or {k: f"class {k}" for k in counts if k != 0})
+    return Plan(
+        dataset=dataset.name,
+        channels=channels,
+        classes=tuple(LabelClass(id=k, name=names[k]) for k in sorted(names)),
+        spacing=(x, y, z),
+        intensity=tuple(_window(values) if ct[k] else RELATIVE for k, values in enumerate(samples)),
+        patch_size=patch_size_for(extent, (x, y, z)),
+        mirror_pairs=find_mirror_pairs(names),
+        statistics={
+            "cases": len(prints),
+            "shape (smallest, median, largest)": _spread([one.shape for one in prints]),
+            "spacing (smallest, median, largest)": _spread([one.spacing for one in prints]),
+            "share of voxels": {
+                names[k]: float(f"{counts[k] / sum(counts.values()):.3g}") for k in sorted(names)
+            },
+        },
+    )
+
+
+def _spread(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    return np.percentile(rows, (0, 50, 100), axis=0).round(4).tolist()
 
 
 def fingerprint(case: Case) -> Fingerprint:
@@ -89,7 +105,6 @@ def fingerprint(case: Case) -> Fingerprint:
     upright, axes, flips = to_ras(image)
     label = turn(label[0], axes, flips)
     shape, spacing = upright.array.shape[1:], spacing_of(upright.affine)
-    ids, counts = np.unique(label, return_counts=True)
     foreground = np.flatnonzero(label)
     if len(foreground) > SAMPLES:
         foreground = np.random.default_rng(0).choice(foreground, SAMPLES, replace=False, shuffle=False)
@@ -98,7 +113,7 @@ def fingerprint(case: Case) -> Fingerprint:
         spacing=spacing,
         body_box=_extent(upright.array, BODY, spacing),
         relative_box=_extent(upright.array, RELATIVE, spacing),
-        counts=dict(zip(ids.tolist(), counts.tolist(), strict=True)),
+        counts=count_labels(label),
         samples=np.stack([channel[np.unravel_index(foreground, shape)] for channel in upright.array]),
         like_ct=tuple(bool(c.min() <= -500 and (c == np.rint(c)).all()) for c in image.array),
     )
@@ -111,31 +126,14 @@ def _extent(array: np.ndarray, something: Intensity, spacing: Sequence[float]) -
     return x, y, z
 
 
-def plan_from(dataset: Dataset, prints: Sequence[Fingerprint]) -> Plan:
-    """The plan that follows from the fingerprints of a data set's cases."""
-    counts = sum((Counter(one.counts) for one in prints), Counter())
-    if not set(counts) - {0}:
-        raise UserError(
-            f"no voxel of `{dataset.name}` is labelled: there is nothing to learn",
-            hint="check that the labels are the drawn masks: `unetrkit check` counts their voxels",
-        )
-    channels = dataset.channels or tuple(f"channel {c}" for c in range(prints[0].samples.shape[0]))
-    samples = np.concatenate([one.samples for one in prints], axis=1)
-    is_ct = [_is_ct(name, all(one.like_ct[c] for one in prints)) for c, name in enumerate(channels)]
-    intensity = tuple(_window(values) if ct else RELATIVE for ct, values in zip(is_ct, samples, strict=True))
-    x, y, z = (float(f"{mm:.6g}") for mm in np.median([one.spacing for one in prints], axis=0))
-    extent = np.median([one.body_box if all(is_ct) else one.relative_box for one in prints], axis=0).tolist()
-    classes = _classes(dataset.labels, set(counts))
-    return Plan(
-        dataset=dataset.name,
-        channels=channels,
-        classes=classes,
-        spacing=(x, y, z),
-        intensity=intensity,
-        patch_size=patch_size_for(extent, (x, y, z)),
-        mirror_pairs=find_mirror_pairs({c.id: c.name for c in classes}),
-        statistics=_statistics(prints, counts, classes, channels, samples),
-    )
+def _window(values: np.ndarray) -> Intensity:
+    """Whole HU; a scale of its own (values in [0, 1], say) keeps four digits."""
+    lower, upper = (float(value) for value in np.percentile(values, PERCENTILES))
+    if upper - lower >= 50:
+        lower, upper = float(np.floor(lower)), float(np.ceil(upper))
+    else:
+        lower, upper = float(f"{lower:.4g}"), float(f"{upper:.4g}")
+    return Intensity(kind="window", lower=lower, upper=upper if upper > lower else lower + 1)
 
 
 def patch_size_for(extent: Sequence[float], spacing: Sequence[float]) -> Triple:
@@ -178,66 +176,17 @@ def find_mirror_pairs(names: Mapping[int, str]) -> tuple[tuple[int, int], ...]:
     >>> find_mirror_pairs({0: "background", 1: "spleen", 2: "rkid", 3: "lkid", 4: "rad", 6: "lad"})
     ((2, 3), (4, 6))
     """
-    words = {id_: tuple(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)) for id_, name in names.items()}
-    words = {id_: tuple(word.lower() for word in found) for id_, found in words.items()}
-    known = {found: id_ for id_, found in words.items() if list(words.values()).count(found) == 1}
+    pattern = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
+    words = {k: tuple(word.lower() for word in re.findall(pattern, name)) for k, name in names.items()}
+    often = Counter(words.values())
+    known = {found: k for k, found in words.items() if often[found] == 1}
     pairs = set()
-    for id_, found in words.items():
+    for found, k in known.items():
         if HEART & set(found) or ("ventricle" in found and set(found) <= {*SIDES, "ventricle"}):
             continue
-        other = known.get(tuple(SIDES.get(word, word) for word in found), id_)
-        if other == id_ and len(found) == 1 and found[0][:1] in {"l", "r"}:
-            other = known.get((SIDES[found[0][0]] + found[0][1:],), id_)
-        if other != id_ and found in known:
-            pairs.add((min(id_, other), max(id_, other)))
+        other = known.get(tuple(SIDES.get(word, word) for word in found), k)
+        if other == k and len(found) == 1 and found[0][:1] in {"l", "r"}:
+            other = known.get((SIDES[found[0][0]] + found[0][1:],), k)
+        if other != k:
+            pairs.add((min(k, other), max(k, other)))
     return tuple(sorted(pairs))
-
-
-def _is_ct(name: str, alike: bool) -> bool:
-    """What the name says, or the values where it says nothing or two things (`CT or MR`)."""
-    words = {word for word in re.findall(r"[a-z0-9]+", name.lower()) if not word.isdigit()}
-    declared = bool(words & {"ct", "cbct", "cta", "cect", "ncct"})
-    says_nothing = words <= {"channel", "image"}
-    says_two = declared and bool(words & {"mr", "mri", "pet"})
-    return alike if says_nothing or says_two else declared
-
-
-def _window(values: np.ndarray) -> Intensity:
-    """Whole HU; a scale of its own (values in [0, 1], say) keeps four digits."""
-    lower, upper = (float(value) for value in np.percentile(values, PERCENTILES))
-    if upper - lower >= 50:
-        lower, upper = float(np.floor(lower)), float(np.ceil(upper))
-    else:
-        lower, upper = float(f"{lower:.4g}"), float(f"{upper:.4g}")
-    return Intensity(kind="window", lower=lower, upper=upper if upper > lower else lower + 1)
-
-
-def _classes(declared: Mapping[int, str], found: Iterable[int]) -> tuple[LabelClass, ...]:
-    names = dict(declared) or {id_: f"class {id_}" for id_ in found if id_ != 0}
-    names = {0: declared.get(0, "background")} | names
-    return tuple(LabelClass(id=id_, name=names[id_]) for id_ in sorted(names))
-
-
-def _statistics(
-    prints: Sequence[Fingerprint],
-    counts: Counter[int],
-    classes: Sequence[LabelClass],
-    channels: Sequence[str],
-    samples: np.ndarray,
-) -> dict[str, object]:
-    """For a person who wants to know where the plan comes from."""
-    total = sum(counts.values())
-    three = (0, 50, 100)
-    ladder = (0, 0.5, 5, 50, 95, 99.5, 100)
-    return {
-        "cases": len(prints),
-        "shape (smallest, median, largest)": np.percentile([p.shape for p in prints], three, axis=0).tolist(),
-        "spacing (smallest, median, largest)": np.percentile([p.spacing for p in prints], three, axis=0)
-        .round(4)
-        .tolist(),
-        "share of voxels": {c.name: float(f"{counts[c.id] / total:.3g}") for c in classes},
-        f"foreground intensity (percentiles {', '.join(map(str, ladder))})": {
-            name: [float(f"{v:.5g}") for v in np.percentile(values, ladder)]
-            for name, values in zip(channels, samples, strict=True)
-        },
-    }

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from unetrkit.data.datalist import Case
-from unetrkit.data.geometry import Triple, orientation, ras_axes, reorient, same_grid, spacing_of
+from unetrkit.data.geometry import Triple, orientation, reorient, same_grid, spacing_of, to_ras
+from unetrkit.data.source import Header
 from unetrkit.data.volume import Volume, read_header, read_image, read_label
 from unetrkit.errors import UserError
 
-SAMPLED = (
-    1_000_000  # voxels that percentiles are taken from; their error is then below 0.01 percentage points
-)
+SAMPLED = 1_000_000  # voxels for percentiles; their error is then below 0.01 percentage points
 CHUNK = 2**20  # values hashed at a time
 
 
@@ -63,13 +63,11 @@ class CaseFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        case = self.case
         return {
-            "name": self.case.name,
-            "subject": self.case.subject,
-            "split": self.case.split,
-            "fold": self.case.fold,
-            "images": [str(path) for path in self.case.images],
-            "label": str(self.case.label) if self.case.label else None,
+            **vars(case),
+            "images": [str(path) for path in case.images],
+            "label": str(case.label) if case.label else None,
             "shape": self.shape,
             "spacing": self.spacing,
             "axes": self.axes,
@@ -87,12 +85,15 @@ def inspect_case(case: Case) -> tuple[CaseFacts, list[Finding]]:
     def found(severity: Literal["error", "warning"], code: str, message: str, hint: str = "") -> None:
         findings.append(Finding(case.name, severity, code, message, hint))
 
+    def noted(path: Path) -> Header:
+        header = read_header(path)
+        for note in header.notes:
+            found("warning", "header", f"`{path}`: {note}")
+        return header
+
     facts, grid = CaseFacts(case), None
     try:
-        headers = [read_header(path) for path in case.images]
-        for path, header in zip(case.images, headers, strict=True):
-            for note in header.notes:
-                found("warning", "header", f"`{path}`: {note}")
+        headers = [noted(path) for path in case.images]
         volume = read_image(case.images)
         facts = _image_facts(case, volume, str(headers[0].dtype))
         grid = (volume.affine, volume.array.shape[1:])
@@ -101,43 +102,35 @@ def inspect_case(case: Case) -> tuple[CaseFacts, list[Finding]]:
         found("error", "image", error.message, error.hint)
     for k, channel in enumerate(facts.channels):
         if channel.minimum == channel.maximum:
-            path = case.images[k] if len(case.images) == len(facts.channels) else case.images[0]
-            which = f"channel {k} of " if path == case.images[0] and len(facts.channels) > 1 else ""
-            found("error", "constant", f"{which}`{path}` is {channel.minimum:g} in every voxel", "remove it")
+            message = f"channel {k} of case `{case.name}` is {channel.minimum:g} in every voxel"
+            found("error", "constant", message, "remove the case")
     if case.label is None:
         return facts, findings
     try:
-        for note in read_header(case.label).notes:
-            found("warning", "header", f"`{case.label}`: {note}")
+        noted(case.label)
         label = read_label(case.label)
     except UserError as error:
         found("error", "label", error.message, error.hint)
         return facts, findings
     if grid is not None:
-        affine, shape = grid
-        turned = reorient(label, affine)  # the order of the axes may differ, the place of the voxels may not
-        difference = same_grid(affine, shape, turned.affine, turned.array.shape[1:])
-        if difference:
-            found(
-                "error",
-                "geometry",
-                f"label `{case.label}` is not on the grid of image `{case.images[0]}`: {difference}",
-                "resample the label onto the image with nearest neighbour, or correct its header",
-            )
-    counts = _count(label.array)
+        # the order of the axes may differ, the place of the voxels may not
+        turned = reorient(label, grid[0])
+        if difference := same_grid(*grid, turned.affine, turned.array.shape[1:]):
+            message = f"label `{case.label}` is not on the grid of image `{case.images[0]}`: {difference}"
+            hint = "resample the label onto the image with nearest neighbour, or correct its header"
+            found("error", "geometry", message, hint)
+    counts = count_labels(label.array)
     if not any(counts.keys() - {0}):
         found("warning", "empty", f"label `{case.label}` has no voxel but background")
     return replace(facts, counts=counts), findings
 
 
 def _image_facts(case: Case, volume: Volume, dtype: str) -> CaseFacts:
-    axes, _ = ras_axes(volume.affine)
-    spacing = spacing_of(volume.affine)
-    shape = volume.array.shape[1:]
+    upright, _, _ = to_ras(volume)
     return CaseFacts(
         case,
-        shape=(shape[axes[0]], shape[axes[1]], shape[axes[2]]),
-        spacing=(spacing[axes[0]], spacing[axes[1]], spacing[axes[2]]),
+        shape=upright.array.shape[1:],
+        spacing=spacing_of(upright.affine),
         axes=orientation(volume.affine),
         dtype=dtype,
         channels=tuple(_channel_facts(channel) for channel in volume.array),
@@ -151,11 +144,15 @@ def _channel_facts(channel: np.ndarray) -> ChannelFacts:
     return ChannelFacts(float(channel.min()), float(low), float(median), float(high), float(channel.max()))
 
 
-def _count(label: np.ndarray) -> dict[int, int]:
-    if label.dtype.itemsize <= 2:
+def count_labels(label: np.ndarray) -> dict[int, int]:
+    """Voxels per value of an array of whole numbers from 0."""
+    if label.dtype.itemsize > 2:
+        values, numbers = np.unique(label, return_counts=True)
+    else:  # many times faster
         counts = np.bincount(label.ravel(order="K"))
-        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    return {int(value): int(n) for value, n in zip(*np.unique(label, return_counts=True), strict=True)}
+        values = np.flatnonzero(counts)
+        numbers = counts[values]
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True))
 
 
 def voxel_digest(array: np.ndarray) -> str:
@@ -163,8 +160,6 @@ def voxel_digest(array: np.ndarray) -> str:
 
     Each value is hashed by itself (splitmix64, Steele et al. 2014) and the hashes of a channel are added: a
     copy that was re-oriented or mirrored, in the file or in the header alone, is still the same patient.
-    Two different scans have the same values in the same numbers only where both have very few voxels or
-    values.
 
     >>> array = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
     >>> voxel_digest(array) == voxel_digest(array[:, ::-1].transpose(0, 3, 1, 2))
@@ -177,13 +172,8 @@ def voxel_digest(array: np.ndarray) -> str:
         values = channel.ravel(order="K")
         total = 0
         for start in range(0, values.size, CHUNK):
-            # + 0.0 makes -0.0 the same as 0.0
-            bits = (
-                (values[start : start + CHUNK].astype(np.float32) + np.float32(0))
-                .view(np.uint32)
-                .astype(np.uint64)
-            )
-            total += int(_mixed(bits).sum(dtype=np.uint64))
+            some = values[start : start + CHUNK].astype(np.float32) + np.float32(0)  # -0.0 is 0.0
+            total += int(_mixed(some.view(np.uint32).astype(np.uint64)).sum(dtype=np.uint64))
         sums.append(total % 2**64)
     return hashlib.sha256(repr((sorted(array.shape[1:]), sums)).encode()).hexdigest()[:32]
 

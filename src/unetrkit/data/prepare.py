@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrkit.data.datalist import Case, Dataset
+from unetrkit.data.datalist import Case, Dataset, labelled_cases
 from unetrkit.data.files import atomic_write, sha256_file, write_problems
 from unetrkit.data.geometry import reorient, same_grid
 from unetrkit.data.plan import Plan, plan_bytes
 from unetrkit.data.preprocess import preprocess, preprocess_label
-from unetrkit.data.processes import for_each
+from unetrkit.data.processes import map_cases
 from unetrkit.data.store import (
     ARRAYS,
     CaseRecord,
@@ -32,9 +32,10 @@ from unetrkit.data.store import (
 )  # fmt: skip
 from unetrkit.data.volume import Volume, read_image, read_label
 from unetrkit.errors import UserError
+from unetrkit.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 LOCK = ".prepare.lock"
+FILES = {"plan.json", "store.json", LOCK}
 CASE_FILES = {"case.json", *(f"{name}.chunks" for name in ARRAYS)}
 
 
@@ -71,25 +72,15 @@ def prepare(
     store (nothing is touched then), and where another process prepares the same store.
     """
     begin = time.monotonic()
-    cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
-    if not cases:
-        raise UserError(
-            f"`{dataset.name}` has no labelled case to prepare",
-            hint="add cases with an `image` and a `label` to `training`",
-        )
-    for case in cases:
+    cases = labelled_cases(dataset)
+    for case in cases:  # a name that cannot be a folder's is refused first
         case_folder(out, case.name)
     _require_ours(out)
     with write_problems(out):
         (out / "cases").mkdir(parents=True, exist_ok=True)
     with _alone(out):
         _begin_plan(out, plan)
-        redone = 0
-        work = partial(prepare_case, plan=plan, out=out)
-        for done, (position, changed) in enumerate(for_each(work, cases, workers, lambda case: case.name), 1):
-            redone += changed
-            if progress:
-                progress(done, len(cases), cases[position].name)
+        redone = sum(map_cases(partial(prepare_case, plan=plan, out=out), cases, workers, progress))
         write_index(out, dataset.name, cases)
         removed = _remove_others(out, {case.name for case in cases})
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -130,7 +121,7 @@ def read_pair(case: Case) -> tuple[Volume, np.ndarray]:
 
 def source_hash(case: Case, preprocessing: str) -> str:
     """The hash of everything that a stored case is computed from."""
-    files = [sha256_file(path) for path in (*case.images, case.label) if path is not None]
+    files = [sha256_file(path) for path in case.files]
     return hashlib.sha256(json.dumps([preprocessing, *files]).encode()).hexdigest()
 
 
@@ -152,12 +143,8 @@ def _require_ours(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"`{out}` is a file, a store is a folder", hint="choose another folder for the store")
-    found = {entry.name for entry in out.iterdir()}
-    strange = {
-        name for name in found - {"plan.json", "store.json", "cases", LOCK} if not name.endswith(".tmp")
-    }
-    if not strange and "cases" in found and not found & {"plan.json", "store.json", LOCK}:
-        strange = {"cases"}
+    found = {entry.name for entry in out.iterdir() if not entry.name.endswith(".tmp")}
+    strange = found - {*FILES, "cases"} or (found if found == {"cases"} else set())
     if strange:
         raise UserError(
             f"`{out}` holds something that is not a store: `{min(strange)}`",
@@ -167,30 +154,29 @@ def _require_ours(out: Path) -> None:
 
 def _begin_plan(out: Path, plan: Plan) -> None:
     """Puts the plan in its place and clears what interrupted runs left."""
-    content = plan_bytes(plan)
+    content, file = plan_bytes(plan), out / "plan.json"
     with write_problems(out):
         for left in [*out.glob(".*.tmp"), *(out / "cases").glob(".*.tmp")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        if not (out / "plan.json").is_file() or (out / "plan.json").read_bytes() != content:
+        if not file.is_file() or file.read_bytes() != content:
             # the index is of the plan that was: from here on and until the end the store is not finished
             (out / "store.json").unlink(missing_ok=True)
-    atomic_write(out / "plan.json", content)
+    atomic_write(file, content)
 
 
 def _remove_others(out: Path, names: set[str]) -> int:
     """Removes the cases that have gone from the data set; anything that is not a case stays."""
-    removed = 0
     with write_problems(out):
-        for folder in sorted((out / "cases").iterdir()):
-            if (
-                folder.name in names
-                or not folder.is_dir()
-                or {entry.name for entry in folder.iterdir()} - CASE_FILES
-            ):
-                continue
+        gone = [
+            folder
+            for folder in (out / "cases").iterdir()
+            if folder.name not in names
+            and folder.is_dir()
+            and {entry.name for entry in folder.iterdir()} <= CASE_FILES
+        ]
+        for folder in gone:
             remove_folder(folder)
-            removed += 1
-    return removed
+    return len(gone)
 
 
 @contextmanager
@@ -207,7 +193,6 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"another process is preparing `{out}`", hint="wait until it has finished"
-            ) from error
+            message = f"another process is preparing `{out}`"
+            raise UserError(message, hint="wait until it has finished") from error
         yield

@@ -14,7 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
+from unetrkit.data.datalist import Case
 from unetrkit.errors import UserError
+from unetrkit.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,6 +78,18 @@ def for_each(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_cases(
+    function: Callable[[Case], Result], cases: Sequence[Case], workers: int | None, progress: Progress | None
+) -> list[Result]:
+    """The results of all cases, in their order, whatever the workers did."""
+    results: dict[int, Result] = {}
+    for position, result in for_each(function, cases, workers, lambda case: case.name):
+        results[position] = result
+        if progress:
+            progress(len(results), len(cases), cases[position].name)
+    return [results[position] for position in range(len(cases))]
 
 
 @contextmanager
