@@ -32,15 +32,15 @@ def _refuse_what_a_recipe_never_needs(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        refused = {
-            "YAML tags are not allowed": getattr(event, "tag", None),
-            # an alias has it too; nine of them can describe a gigabyte
-            "YAML anchors and aliases are not allowed": getattr(event, "anchor", None),
-            f"nested deeper than {DEEPEST}": depth > DEEPEST,
-        }
-        for problem, found in refused.items():
-            if found:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if getattr(event, "tag", None):
+            problem = "YAML tags are not allowed"
+        elif getattr(event, "anchor", None):  # an alias has it too; nine of them can describe a gigabyte
+            problem = "YAML anchors and aliases are not allowed"
+        elif depth > DEEPEST:
+            problem = f"nested deeper than {DEEPEST}"
+        else:
+            continue
+        raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -51,11 +51,10 @@ class Report:
 def check(dataset: Dataset, *, workers: int | None = None, progress: Progress | None = None) -> Report:
     """Reads every case once and says what is wrong or odd.
 
-    Errors: what cannot be read; a label off its image's grid; label values that are not declared; a
-    constant image; channels that differ in number; the same voxels or the same subject in two splits, or in
-    two declared folds. Warnings: empty labels, odd headers, outlying sizes, spacings and intensities, the
-    same voxels twice in one split, declared classes that never occur, files outside of the data set's
-    folder.
+    Errors: what cannot be read; a label off its image's grid; undeclared label values; a constant channel;
+    a wrong number of channels; the same voxels or subject in two splits or declared folds. Warnings: empty
+    labels, odd headers, outlying sizes, spacings and intensities, the same voxels twice in one split, classes
+    that nobody has drawn, files outside of the data set's folder.
 
     workers: processes, each with one case in memory; None means one for each core. Raises UserError where a
     process is killed, as for want of memory.

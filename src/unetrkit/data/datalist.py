@@ -30,7 +30,7 @@ class Case:
     """One scan: one image file, or one per channel, and its label if it has one. Paths are absolute.
 
     name: unique in the data set and safe as a file name; from the image's file name, with the names of its
-    folders in front where two cases would share it. subject: whose scan it is, to keep a person in one split.
+    folders in front where two cases would share one. subject: whose scan it is, to keep a person in one split.
     """
 
     name: str
@@ -168,33 +168,27 @@ def _channels(listing: Listing) -> tuple[str, ...]:
 
 
 def _names(listing: Listing) -> list[str]:
-    """Unique names, safe as those of files: with as many folders in front as it takes."""
-    entries, depths = listing.entries, [0] * len(listing.entries)
-    while True:
-        names = [_name(entry, listing.root, depth) for entry, depth in zip(entries, depths, strict=True)]
-        # a Mac or Windows disk takes names that differ in case or in Unicode form for one
-        folded = [unicodedata.normalize("NFC", name).casefold() for name in names]
-        counts = Counter(folded)
-        room = [
-            depth < len(_folders(e.images[0], listing.root)) for e, depth in zip(entries, depths, strict=True)
-        ]
-        longer = [counts[key] > 1 and more for key, more in zip(folded, room, strict=True)]
-        if not any(longer):
-            break
-        depths = [depth + more for depth, more in zip(depths, longer, strict=True)]
+    """A unique name for each case, safe as a file name."""
+    names = [_safe(entry.name or stem(entry.images[0])) for entry in listing.entries]
+    counts = Counter(map(_folded, names))
     owners: dict[str, Entry] = {}
-    for entry, name, key in zip(entries, names, folded, strict=True):
-        other = owners.setdefault(key, entry)
+    for k, entry in enumerate(listing.entries):
+        if counts[_folded(names[k])] > 1:
+            names[k] = _safe("_".join([*_folders(entry.images[0], listing.root), names[k]]))
+        other = owners.setdefault(_folded(names[k]), entry)
         if other is not entry:
-            message = f"{entry.where} and {other.where} would both be the case `{name}`"
+            message = f"{entry.where} and {other.where} would both be the case `{names[k]}`"
             raise UserError(message, hint="rename an image")
     return names
 
 
-def _name(entry: Entry, root: Path, depth: int) -> str:
-    folders = _folders(entry.images[0], root)
-    name = "_".join([*folders[len(folders) - depth :], entry.name or stem(entry.images[0])])
+def _safe(name: str) -> str:
     return UNSAFE.sub("_", name).strip(". ") or "case"
+
+
+def _folded(name: str) -> str:
+    """What a Mac or Windows disk takes for one: names that differ in case or in Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _folders(image: Path, root: Path) -> tuple[str, ...]:

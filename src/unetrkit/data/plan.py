@@ -53,7 +53,7 @@ class Plan(Settings):
     Space: volumes are brought to RAS+ axes, cropped to foreground, resampled to `spacing` (mm), normalised.
     """
 
-    version: Literal[1] = Field(1, description="prepare the plan again with this version of unetrkit")
+    version: Literal[1] = Field(default=1, description="prepare the plan again with this version of unetrkit")
     dataset: str
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     classes: tuple[LabelClass, ...]
@@ -106,7 +106,7 @@ PUBLISHED: dict[str, dict[str, object]] = {
         "intensity": [{"kind": "window", "lower": -175.0, "upper": 250.0}],
         "patch_size": [96, 96, 96],
         "crop_foreground": True,
-    },
+    }
 }
 
 
