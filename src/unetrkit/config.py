@@ -192,8 +192,9 @@ def _example(settings: type[BaseModel], name: str) -> str:
         return field.description
     if inner is not None:
         return f"write `{name}.{next(iter(inner.model_fields))}=…`"
-    default = field.get_default(call_default_factory=True)
-    return "write one value of that kind" if field.is_required() else f"the default is {json.dumps(default)}"
+    if field.is_required():
+        return "write one value of that kind"
+    return f"the default is {json.dumps(field.get_default(call_default_factory=True))}"
 
 
 def _names(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -40,7 +40,8 @@ def _refuse_what_a_recipe_never_needs(text: str) -> None:
             problem = f"nested deeper than {DEEPEST}"
         else:
             continue
-        raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        raise yaml.YAMLError(f"{problem} (line {line})")
 
 
 class _Loader(yaml.SafeLoader):

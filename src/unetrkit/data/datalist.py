@@ -29,8 +29,8 @@ UNSAFE = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f]')
 class Case:
     """One scan: one image file, or one per channel, and its label if it has one. Paths are absolute.
 
-    name: unique in the data set and safe as a file name; from the image's file name, with the names of its
-    folders in front where two cases would share one. subject: whose scan it is, to keep a person in one split.
+    name: unique in the data set and safe as a file name; that of the image, with its folders in front where
+    two cases would share one. subject: whose scan it is, to keep a person in one split.
     """
 
     name: str

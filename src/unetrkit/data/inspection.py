@@ -21,9 +21,9 @@ CHUNK = 2**20  # values hashed at a time
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a person should know of; `case` is empty where it concerns the whole data set.
+    """An error makes training fail or its result wrong; a warning may be as it should be.
 
-    An error makes training fail or its result wrong; a warning may be as it should be.
+    `case` is empty where it concerns the whole data set.
     """
 
     case: str
