@@ -26,7 +26,7 @@ DataArgument = Annotated[
     Path,
     typer.Argument(help="A data list (JSON, CSV), an nnU-Net folder, or a folder of image/label pairs."),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes; all cores by default.")]
+Workers = Annotated[int, typer.Option(min=1, max=512, help="Processes; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Outside = Annotated[
     bool, typer.Option("--allow-outside", help="Accept files outside the data list's folder.")

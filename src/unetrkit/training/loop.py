@@ -51,7 +51,7 @@ class LoopSettings(Settings):
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # processes that load data; the batches do not depend on it
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=128)] = 2
 
 
 class Batches(Protocol):
