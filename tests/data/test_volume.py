@@ -237,7 +237,7 @@ def test_bad_voxels_are_counted(tmp_path: Path) -> None:
     array = voxels(dtype=np.float64)
     array[0, 0, :3] = (np.nan, np.inf, 1e300)
     refused(save(tmp_path / "image.nii.gz", array), "3 of 140 voxels that are not finite")
-    refused(save(tmp_path / "label.nii.gz", array), "3 label voxels", read_label)
+    refused(save(tmp_path / "label.nii.gz", array), "3 of 140 voxels that are not finite", read_label)
     array = voxels(dtype=np.float32)
     array[1, 1, 1] = 2.5
     refused(

@@ -9,10 +9,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -21,24 +19,20 @@ from nibabel.nifti1 import Nifti1Extension, Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
-from unetrkit.data.files import read_problems
 from unetrkit.data.geometry import same_grid
 from unetrkit.data.source import (
-    CHUNK,
-    DEFLATE_LIMIT,
-    RENEW,
-    SLACK,
+    GEOMETRY,
+    GZIP,
     Header,
     Source,
-    bad_header,
     checked_header,
-    damaged,
     file_size,
-    gather,
-    inflate,
     not_an_image,
+    pieces,
+    read_bytes,
+    refused,
+    require_length,
 )
-from unetrkit.errors import UserError
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 AnyHeader = Nifti1Header | Nifti2Header
@@ -52,20 +46,22 @@ def open_nifti(path: Path) -> Source:
     """Checks the header of a NIfTI file or pair (`.hdr` with `.img`, either may be named)."""
     header = template(path)
     pair = path.suffix.lower() in (".hdr", ".img")
-    data = _sibling(path, ".img") if pair else path
-    single_offset = 544 if isinstance(header, Nifti2Header) else 352
     offset = float(header["vox_offset"])
+    dimensions = int(header["dim"][0])
+    if not 1 <= dimensions <= 7:
+        raise refused(path, f"has a damaged header: it declares {dimensions} dimensions")
     if not 0 <= offset <= LARGEST_OFFSET:
-        raise bad_header(path, f"its voxels begin at byte {offset:.6g}")
-    # 0 stands for "right behind the header" in files of some writers
-    begin = int(offset) if pair else max(int(offset), single_offset)
+        raise refused(path, f"has a damaged header: its voxels begin at byte {offset:.6g}")
+    if not pair:  # 0 stands for "right behind the header" in files of some writers
+        offset = max(offset, 544 if isinstance(header, Nifti2Header) else 352)
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
-        raise bad_header(path, error) from error
-    checked = checked_header(path, _dims(path, header), header.get_data_dtype(), *_affine(path, header))
+        raise refused(path, f"has a damaged header: {error}") from error
+    dims = header["dim"][1 : 1 + dimensions].tolist()
+    checked = checked_header(path, dims, header.get_data_dtype(), *_affine(path, header))
     scale = (1.0, 0.0) if slope is None else (slope, intercept)
-    return _source(data, checked, begin, *scale)
+    return _source(_sibling(path, ".img") if pair else path, checked, int(offset), *scale)
 
 
 def open_mgh(path: Path) -> Source:
@@ -75,13 +71,13 @@ def open_mgh(path: Path) -> Source:
         raise not_an_image(path, block, "a FreeSurfer MGH file")
     header = MGHHeader(block, check=False)
     notes = (
-        () if header["goodRASFlag"] else ("the header has no orientation: FreeSurfer's default is assumed",)
+        [] if header["goodRASFlag"] else ["the header has no orientation: FreeSurfer's default is assumed"]
     )
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             dtype, affine = header.get_data_dtype(), header.get_affine()
     except (HeaderDataError, KeyError, ValueError) as error:
-        raise bad_header(path, error) from error
+        raise refused(path, f"has a damaged header: {error}") from error
     return _source(path, checked_header(path, header["dims"].tolist(), dtype, affine, notes), 284)
 
 
@@ -97,18 +93,14 @@ def template(path: Path) -> AnyHeader:
     header = kinds[sizes[found]](block[: sizes[found]], endianness=found, check=False)
     steps = header["pixdim"][1 : 1 + min(3, max(1, int(header["dim"][0])))]
     if not (np.isfinite(steps).all() and (steps != 0).all()):
-        raise UserError(
-            f"`{path}` has a voxel size of {'x'.join(f'{step:g}' for step in steps)} in its header (pixdim)",
-            hint="write the geometry of the original image into it",
-        )
+        words = "x".join(f"{step:g}" for step in steps)
+        raise refused(path, f"has a voxel size of {words} in its header (pixdim)", GEOMETRY)
     if header["magic"].item() == b"" and path.suffix.lower() == ".hdr":
-        raise UserError(
-            f"`{path}` is an Analyze 7.5 file: its left and right are not known", hint="convert it to NIfTI"
-        )
+        raise refused(path, "is an Analyze 7.5 file: its left and right are not known", "convert it to NIfTI")
     try:
         header.check_fix(logger=SILENT, error_level=40)
     except HeaderDataError as error:
-        raise bad_header(path, error) from error
+        raise refused(path, f"has a damaged header: {error}") from error
     return header
 
 
@@ -121,9 +113,7 @@ def new_template(affine: np.ndarray) -> Nifti1Header:
     return header
 
 
-def encode_label(
-    label: np.ndarray, header: AnyHeader, names: Mapping[int, str], *, compressed: bool
-) -> bytes:
+def encode_label(label: np.ndarray, header: AnyHeader, names: Mapping[int, str], compressed: bool) -> bytes:
     """A NIfTI file of label ids (x, y, z) with the geometry, codes, units and description of `header`."""
     header = header.as_byteswapped("<")
     kind = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
@@ -137,64 +127,29 @@ def encode_label(
     return gzip.compress(content, compresslevel=4, mtime=0) if compressed else content
 
 
+def _wbits(path: Path) -> int:
+    return GZIP if path.name.lower().endswith((".gz", ".mgz")) else 0
+
+
 def _source(path: Path, header: Header, offset: int, slope: float = 1.0, intercept: float = 0.0) -> Source:
-    size = header.count * header.dtype.itemsize
-    on_disk = file_size(path)
-    compressed = path.name.lower().endswith((".gz", ".mgz"))
-    if (offset + size) > on_disk * (DEFLATE_LIMIT if compressed else 1) + (SLACK if compressed else 0):
-        raise UserError(
-            f"`{path}` is truncated: its header declares {offset + size} bytes, the file has {on_disk}",
-            hint=RENEW,
-        )
+    require_length(path, header, offset, _wbits(path))
 
     def stored() -> np.ndarray:
-        with read_problems(path), open(path, "rb") as file:
-            pieces = inflate(file, 31) if compressed else _pieces(file, offset + size)
-            try:
-                content = gather(path, pieces, offset, size)
-            except (zlib.error, EOFError) as error:
-                raise damaged(path, error) from error
+        content = read_bytes(path, _wbits(path), offset, header.count * header.dtype.itemsize)
         return content.view(header.dtype).reshape(header.channels, *header.shape[::-1])  # c z y x
 
     return Source(header, stored, slope, intercept)
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while size > 0 and (piece := file.read(min(CHUNK, size))):
-        size -= len(piece)
-        yield piece
-
-
 def _first_bytes(path: Path, count: int) -> bytes:
     """The first bytes of a file, decompressed where its name says that it is compressed."""
     file_size(path)
-    with read_problems(path), open(path, "rb") as file:
-        if not path.name.lower().endswith((".gz", ".mgz")):
-            return file.read(count)
-        start = file.read(132)
-        if start[:2] != b"\x1f\x8b":
-            if 348 in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")):
-                raise UserError(
-                    f"`{path}` is not compressed", hint="it looks like NIfTI: rename it to end in `.nii`"
-                )
-            raise not_an_image(path, start, "a gzip file")
-        file.seek(0)
-        block = b""
-        try:
-            for piece in inflate(file, 31):
-                block += piece
-                if len(block) >= count:
-                    break
-        except (zlib.error, EOFError) as error:
-            raise damaged(path, error) from error
-        return block[:count]
-
-
-def _dims(path: Path, header: AnyHeader) -> list[int]:
-    count = int(header["dim"][0])
-    if not 1 <= count <= 7:
-        raise bad_header(path, f"it declares {count} dimensions")
-    return [int(n) for n in header["dim"][1 : 1 + count]]
+    block = b""
+    for piece in pieces(path, _wbits(path)):
+        block += piece
+        if len(block) >= count:
+            break
+    return block[:count]
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the result is checked afterwards
@@ -212,7 +167,7 @@ def _affine(path: Path, header: AnyHeader) -> tuple[np.ndarray, list[str]]:
             qform = header.get_qform()
         except (ValueError, HeaderDataError) as error:
             if sform is None:
-                raise bad_header(path, f"its qform is no rotation ({error})") from error
+                raise refused(path, f"has a damaged header: its qform is no rotation ({error})") from error
             notes.append("the qform is no rotation; the sform is used")
     if sform is not None and qform is not None and np.isfinite(sform).all():
         shape = [int(n) for n in header["dim"][1:4]]

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrkit.data.files import atomic_write, read_problems
+from unetrkit.data.files import atomic_write
 from unetrkit.data.geometry import same_grid
-from unetrkit.data.source import FORMATS, Header, Source, file_size
-from unetrkit.errors import UserError
+from unetrkit.data.source import FORMATS, Header, Source, file_size, refused
 
 __all__ = ["Header", "Volume", "read_header", "read_image", "read_label", "write_label"]
+
+NO_LABEL = "is it the image and not the label?"
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,19 @@ def read_image(paths: Sequence[Path]) -> Volume:
     """
     sources = [open_source(path) for path in paths]
     first = sources[0].header
-    for path, source in zip(paths[1:], sources[1:], strict=True):
-        difference = same_grid(first.affine, first.shape, source.header.affine, source.header.shape)
-        if difference:
-            raise UserError(
-                f"`{path}` is not on the grid of `{paths[0]}`: {difference}",
-                hint="resample the channels to one grid before",
-            )
-    if len(paths) > 1:
-        for path, source in zip(paths, sources, strict=True):
-            if source.header.channels != 1:
-                raise UserError(
-                    f"`{path}` has {source.header.channels} channels, but is one of {len(paths)} files",
-                    hint="give one 4D file with all channels, or one 3D file per channel",
-                )
     if len(paths) == 1:
-        stored = _values(paths[0], sources[0])
-    else:
-        stored = np.empty((len(paths), *first.shape[::-1]), dtype=np.float32)
-        for channel, path, source in zip(stored, paths, sources, strict=True):
-            channel[...] = _values(path, source)[0]
+        return Volume(_values(paths[0], sources[0]).transpose(0, 3, 2, 1), first.affine)
+    for path, source in zip(paths, sources, strict=True):
+        header = source.header
+        if difference := same_grid(first.affine, first.shape, header.affine, header.shape):
+            reason = f"is not on the grid of `{paths[0]}`: {difference}"
+            raise refused(path, reason, "resample the channels to one grid before")
+        if header.channels != 1:
+            hint = "give one 4D file with all channels, or one 3D file per channel"
+            raise refused(path, f"has {header.channels} channels, but is one of {len(paths)} files", hint)
+    stored = np.empty((len(paths), *first.shape[::-1]), dtype=np.float32)
+    for channel, path, source in zip(stored, paths, sources, strict=True):
+        channel[...] = _values(path, source)[0]
     return Volume(stored.transpose(0, 3, 2, 1), first.affine)
 
 
@@ -80,24 +74,24 @@ def read_label(path: Path) -> Volume:
     """
     source = open_source(path)
     if source.header.channels != 1:
-        raise UserError(
-            f"`{path}` has {source.header.channels} channels; a label has one",
-            hint="merge one mask per class into one file of label ids",
-        )
-    with _enough_memory(path, source.header):
-        stored = source.stored()
-        if stored.dtype.kind == "f" or (source.slope, source.intercept) != (1.0, 0.0):
-            stored = _whole_numbers(path, stored, source)
+        hint = "merge one mask per class into one file of label ids"
+        raise refused(path, f"has {source.header.channels} channels; a label has one", hint)
+    if source.header.dtype.kind == "f" or source.scaled:
+        values = _values(path, source)
+        stored = np.rint(values)
+        odd = np.abs(values - stored) > 1e-3
+        if odd.any():
+            count, example = np.count_nonzero(odd), float(values[odd][0])
+            reason = f"has {count} label voxels that are not whole numbers, such as {example:.6g}"
+            raise refused(path, reason, f"resample labels with nearest neighbour; {NO_LABEL}")
+    else:
+        with _enough_memory(path, source):
+            stored = source.stored()
     lowest, highest = int(stored.min()), int(stored.max())
     if lowest < 0:
-        raise UserError(
-            f"`{path}` has negative label values, down to {lowest}", hint="is it the image and not the label?"
-        )
+        raise refused(path, f"has negative label values, down to {lowest}", NO_LABEL)
     if highest > np.iinfo(np.int32).max:
-        raise UserError(
-            f"`{path}` has label values up to {highest}, beyond int32",
-            hint="is it the image and not the label?",
-        )
+        raise refused(path, f"has label values up to {highest}, beyond int32", NO_LABEL)
     label = stored.astype(_smallest(highest), copy=False)
     return Volume(label.transpose(0, 3, 2, 1), source.header.affine)
 
@@ -112,7 +106,7 @@ def write_label(path: Path, label: np.ndarray, like: Path, names: Mapping[int, s
     from unetrkit.data import nifti
 
     if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise UserError(f"`{path}` cannot be written", hint="labels are written as `.nii.gz` or `.nii`")
+        raise refused(path, "cannot be written", "labels are written as `.nii.gz` or `.nii`")
     header = read_header(like)
     if label.shape != header.shape:
         raise ValueError(f"a label of {label.shape} is not on the grid of `{like}`, {header.shape}")
@@ -121,9 +115,7 @@ def write_label(path: Path, label: np.ndarray, like: Path, names: Mapping[int, s
     label = label.astype(_smallest(int(label.max())), copy=False)
     has_codes = like.is_file() and like.name.lower().endswith(nifti.NIFTI)
     template = nifti.template(like) if has_codes else nifti.new_template(header.affine)
-    atomic_write(
-        path, nifti.encode_label(label, template, names, compressed=path.name.lower().endswith(".gz"))
-    )
+    atomic_write(path, nifti.encode_label(label, template, names, path.name.lower().endswith(".gz")))
 
 
 def open_source(path: Path) -> Source:
@@ -133,8 +125,8 @@ def open_source(path: Path) -> Source:
         from unetrkit.data.dicom import open_series
 
         return open_series(path)
+    file_size(path)
     name = path.name.lower()
-    size = file_size(path)
     if name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
         from unetrkit.data.nifti import open_nifti
 
@@ -147,74 +139,37 @@ def open_source(path: Path) -> Source:
         from unetrkit.data.itk import open_itk
 
         return open_itk(path)
-    with read_problems(path), open(path, "rb") as file:
-        start = file.read(min(size, 132))
-    if start[128:] == b"DICM":
-        raise UserError(
-            f"`{path}` is a single DICOM file", hint="give the folder that holds the slices of one series"
-        )
-    raise UserError(f"`{path}` is of an unknown format", hint=f"readable are {FORMATS}")
+    if name.endswith((".dcm", ".ima")):
+        hint = "give the folder that holds the slices of one series"
+        raise refused(path, "is a single DICOM file", hint)
+    raise refused(path, "is of an unknown format", f"readable are {FORMATS}")
 
 
 @contextmanager
-def _enough_memory(path: Path, header: Header) -> Iterator[None]:
+def _enough_memory(path: Path, source: Source) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise UserError(
-            f"`{path}` ({header.count} voxels) does not fit into memory",
-            hint="crop or resample it, or use a machine with more memory",
-        ) from error
+        hint = "crop or resample it, or use a machine with more memory"
+        raise refused(path, f"({source.header.count} voxels) does not fit into memory", hint) from error
 
 
 def _values(path: Path, source: Source) -> np.ndarray:
-    """The image's values (c, z, y, x), float32 and finite."""
-    with _enough_memory(path, source.header):
+    """The values (c, z, y, x), float32 and finite."""
+    # infinities are counted below
+    with _enough_memory(path, source), np.errstate(over="ignore", invalid="ignore"):
         stored = source.stored()
-        with np.errstate(over="ignore", invalid="ignore"):  # infinities are counted below
-            if (source.slope, source.intercept) == (1.0, 0.0):
-                values = stored.astype(np.float32, copy=False)
-            else:
-                values = np.empty(stored.shape, dtype=np.float32)
-                for index in np.ndindex(stored.shape[:2]):  # double precision, one slice at a time
-                    values[index] = stored[index] * np.float64(source.slope) + source.intercept
-        bad = values.size - np.count_nonzero(np.isfinite(values))
+        if source.scaled:
+            values = np.empty(stored.shape, dtype=np.float32)
+            for index in np.ndindex(stored.shape[:2]):  # double precision, one slice at a time
+                values[index] = stored[index] * np.float64(source.slope) + source.intercept
+        else:
+            values = stored.astype(np.float32, copy=False)
+    bad = values.size - np.count_nonzero(np.isfinite(values))
     if bad:
-        raise UserError(
-            f"`{path}` has {bad} of {values.size} voxels that are not finite (NaN or infinite)",
-            hint="replace them by the background value",
-        )
+        reason = f"has {bad} of {values.size} voxels that are not finite (NaN or infinite)"
+        raise refused(path, reason, "replace them by the background value")
     return values
-
-
-def _whole_numbers(path: Path, stored: np.ndarray, source: Source) -> np.ndarray:
-    """Label values (1, z, y, x) that a file stores as fractions or with a scale, as int32."""
-    whole = np.empty(stored.shape, dtype=np.int32)
-    infinite = fractions = 0
-    example = 0.0
-    for out, voxels in zip(whole[0], stored[0], strict=True):
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = voxels * np.float64(source.slope) + source.intercept
-            finite = np.abs(values) < 2**31  # false for NaN
-            infinite += int(values.size - np.count_nonzero(finite))
-            values = np.where(finite, values, 0)
-            rounded = np.rint(values)
-            odd = np.abs(values - rounded) > 1e-3
-        if odd.any():
-            fractions += int(np.count_nonzero(odd))
-            example = float(values[odd][0])
-        out[...] = rounded
-    if infinite:
-        raise UserError(
-            f"`{path}` has {infinite} label voxels that are NaN, infinite or beyond int32",
-            hint="draw or resample the label again with whole numbers; is it the image and not the label?",
-        )
-    if fractions:
-        raise UserError(
-            f"`{path}` has {fractions} label voxels that are not whole numbers, such as {example:.6g}",
-            hint="resample labels with nearest neighbour; is it the image and not the label?",
-        )
-    return whole
 
 
 def _smallest(highest: int) -> type[np.integer]:
