@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from unetrkit.data.geometry import restore_label
+from unetrkit.data.geometry import Grid, paste, resample_label
 from unetrkit.data.plan import Intensity, LabelClass, Plan
 from unetrkit.data.preprocess import foreground_box, normalise, preprocess, preprocess_label
 from unetrkit.data.volume import Volume, read_image
@@ -21,6 +21,10 @@ from unetrkit.errors import UserError
 ORDERS = list(product(permutations(range(3)), product((False, True), repeat=3)))  # 48
 WINDOW = Intensity(kind="window", lower=-175, upper=250)
 ZSCORE = Intensity(kind="zscore", lower=0.5, upper=99.5)
+
+
+def restore_label(label: np.ndarray, grid: Grid) -> np.ndarray:
+    return paste(resample_label(label, grid.box_shape), grid)
 
 
 def plan_of(*intensity: Intensity, spacing=(1.0, 1.0, 1.0), ids=(0, 1, 2), crop=True) -> Plan:

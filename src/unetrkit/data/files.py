@@ -54,12 +54,9 @@ def write_problems(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = (
-            "free some space there, or choose another folder"
-            if full
-            else "choose a folder that you may write to"
-        )
+        hint = "choose a folder that you may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "free some space there, or choose another folder"
         raise UserError(f"cannot write `{path}`: {error.strerror or error}", hint=hint) from error
 
 
@@ -100,24 +97,16 @@ def read_json(path: Path) -> object:
     """What a JSON file holds. Raises UserError where it is missing, not JSON, not UTF-8, or far too large."""
     with read_problems(path), open(path, "rb") as file:
         content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise UserError(
-            f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: this is not one of the expected JSON files",
-            hint="give the JSON file, not an image or an archive",
-        )
     try:
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MB")
         return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"`{path}` is not JSON: byte {error.start} is not UTF-8", hint="save it as UTF-8 text"
-        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"`{path}` is not JSON: line {error.lineno}, column {error.colno}: {error.msg}",
-            hint="correct it there in a text editor, or write it again",
-        ) from error
-    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise UserError(
-            f"`{path}` is not usable JSON: nested too deeply, or a number too long",
-            hint="write it again; what unetrkit reads is nested a few levels deep",
-        ) from error
+        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # too large, or a number of thousands of digits
+        reason = str(error)
+    raise UserError(f"`{path}` is not JSON: {reason}", hint="correct it in a text editor, or write it again")

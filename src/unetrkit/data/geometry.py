@@ -6,15 +6,13 @@ Voxel coordinates are (x, y, z) indices; an affine takes them to RAS+ millimetre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
-
     from unetrkit.data.volume import Volume
 
 Triple = tuple[int, int, int]
@@ -56,25 +54,12 @@ class Grid:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Grid:
         """The inverse of `to_dict`, also after JSON has made lists of the tuples."""
-        return cls(
-            shape=_triple(values["shape"]),
-            affine=cls.nested(np.asarray(values["affine"], dtype=np.float64)),
-            axes=_triple(values["axes"]),
-            flips=tuple(bool(flip) for flip in values["flips"]),  # type: ignore[arg-type]
-            box=tuple((int(start), int(stop)) for start, stop in values["box"]),  # type: ignore[arg-type]
-            size=_triple(values["size"]),
-        )
+        return cls(**{field.name: _tuples(values[field.name]) for field in fields(cls)})
 
     @property
     def box_shape(self) -> Triple:
         """The shape of the box before resampling: RAS+ axes, native spacing."""
         return _triple([stop - start for start, stop in self.box])
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Millimetres between the voxels of the box before resampling, in RAS+ axes."""
-        native = spacing_of(np.asarray(self.affine))
-        return (native[self.axes[0]], native[self.axes[1]], native[self.axes[2]])
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
@@ -125,7 +110,7 @@ def turn(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> np.nd
     """A view (..., x, y, z) -> (..., R, A, S): permutes the last three axes, then reverses by `flips`."""
     lead = array.ndim - 3
     turned = array.transpose(*range(lead), *(lead + axis for axis in axes))
-    return turned[(..., *(slice(None, None, -1) if flip else slice(None) for flip in flips))]
+    return np.flip(turned, [lead + row for row in range(3) if flips[row]])
 
 
 def turn_back(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> np.ndarray:
@@ -135,9 +120,8 @@ def turn_back(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> 
     >>> bool((turn_back(turn(array, *how), *how) == array).all())
     True
     """
-    inverse = tuple(int(axis) for axis in np.argsort(axes))
-    reversed_again = array[(..., *(slice(None, None, -1) if flip else slice(None) for flip in flips))]
-    return turn(reversed_again, inverse, (False, False, False))
+    stored = [bool(flips[row]) for row in np.argsort(axes)]  # flips along the axes that result
+    return turn(array, np.argsort(axes).tolist(), stored)
 
 
 def to_ras(volume: Volume) -> tuple[Volume, Triple, Flips]:
@@ -146,13 +130,18 @@ def to_ras(volume: Volume) -> tuple[Volume, Triple, Flips]:
     An oblique volume stays oblique. The array is a view. Also returns what `turn_back` needs.
     """
     axes, flips = ras_axes(volume.affine)
-    shape = volume.array.shape[-3:]
-    step = np.eye(4)  # RAS voxel -> native voxel
-    step[:3, :3] = 0
+    array = turn(volume.array, axes, flips)
+    return replace(volume, array=array, affine=volume.affine @ _turned(array, axes, flips)), axes, flips
+
+
+def _turned(array: np.ndarray, axes: Triple, flips: Flips) -> np.ndarray:
+    """The affine (4, 4) from voxels of a turned array (..., R, A, S) to voxels of the array it came from."""
+    step = np.zeros((4, 4))
+    step[3, 3] = 1
     for row, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
         step[axis, row] = -1 if flip else 1
-        step[axis, 3] = shape[axis] - 1 if flip else 0
-    return replace(volume, array=turn(volume.array, axes, flips), affine=volume.affine @ step), axes, flips
+        step[axis, 3] = array.shape[row - 3] - 1 if flip else 0
+    return step
 
 
 def reorient(volume: Volume, affine: np.ndarray) -> Volume:
@@ -162,13 +151,8 @@ def reorient(volume: Volume, affine: np.ndarray) -> Volume:
     """
     upright, _, _ = to_ras(volume)
     axes, flips = ras_axes(affine)
-    shape = upright.array.shape[-3:]
-    step = np.eye(4)  # voxel in the wanted order -> RAS voxel
-    step[:3, :3] = 0
-    for row, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
-        step[row, axis] = -1 if flip else 1
-        step[row, 3] = shape[row] - 1 if flip else 0
-    return replace(volume, array=turn_back(upright.array, axes, flips), affine=upright.affine @ step)
+    back = np.linalg.inv(_turned(upright.array, axes, flips))
+    return replace(volume, array=turn_back(upright.array, axes, flips), affine=upright.affine @ back)
 
 
 def target_size(shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Triple:
@@ -178,12 +162,8 @@ def target_size(shape: Sequence[int], spacing: Sequence[float], new_spacing: Seq
     (47, 47, 18)
     """
     # halves go up, and 1e-6 keeps a half a half when its product comes out one bit too low
-    return _triple(
-        [
-            max(1, int(n * old / new + 0.5 + 1e-6))
-            for n, old, new in zip(shape, spacing, new_spacing, strict=True)
-        ]
-    )
+    extents = zip(shape, spacing, new_spacing, strict=True)
+    return _triple([max(1, int(n * old / new + 0.5 + 1e-6)) for n, old, new in extents])
 
 
 def resample(array: np.ndarray, size: Triple) -> np.ndarray:
@@ -192,9 +172,14 @@ def resample(array: np.ndarray, size: Triple) -> np.ndarray:
     A linear function of position stays that function, but is constant within half an old voxel of a face.
     The same size gives the same values, bit for bit.
     """
+    import torch
+
+    array = np.ascontiguousarray(array, dtype=np.float32)
     if array.shape[1:] == tuple(size):
-        return np.ascontiguousarray(array, dtype=np.float32)
-    return _interpolate(np.ascontiguousarray(array, dtype=np.float32), size, "trilinear")
+        return array
+    tensor = torch.from_numpy(array)[None]  # 1 c x y z
+    resampled = torch.nn.functional.interpolate(tensor, tuple(size), mode="trilinear", align_corners=False)
+    return resampled[0].numpy()
 
 
 def resample_label(array: np.ndarray, size: Triple) -> np.ndarray:
@@ -206,15 +191,6 @@ def resample_label(array: np.ndarray, size: Triple) -> np.ndarray:
         nearest = ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
         array = array.take(np.minimum(nearest, old - 1), axis=axis)
     return np.ascontiguousarray(array)
-
-
-def _interpolate(array: np.ndarray, size: Triple, mode: str) -> np.ndarray:
-    import torch
-
-    tensor: torch.Tensor = torch.from_numpy(array)[None]  # 1 c x y z
-    return torch.nn.functional.interpolate(tensor, size=tuple(size), mode=mode, align_corners=False)[
-        0
-    ].numpy()
 
 
 def crop(array: np.ndarray, grid: Grid) -> np.ndarray:
@@ -235,13 +211,6 @@ def paste(label: np.ndarray, grid: Grid) -> np.ndarray:
     native: np.ndarray = np.zeros(grid.shape, dtype=label.dtype)
     crop(native, grid)[...] = label
     return native
-
-
-def restore_label(label: np.ndarray, grid: Grid) -> np.ndarray:
-    """An integer label of shape `grid.size` -> the native grid: nearest voxel, 0 outside the box."""
-    if label.shape != grid.size:
-        raise ValueError(f"a label of {label.shape} is not on the network's grid of {grid.size}")
-    return paste(resample_label(label, grid.box_shape), grid)
 
 
 def same_grid(
@@ -274,10 +243,8 @@ def same_grid(
         return f"its spacing is {_by(spacing_b)} mm instead of {_by(spacing_a)} mm"
     if orientation(affine_a) != orientation(affine_b):
         return f"its axes are {orientation(affine_b)} instead of {orientation(affine_a)}"
-    columns_a, columns_b = affine_a[:3, :3] / np.asarray(spacing_a), affine_b[:3, :3] / np.asarray(spacing_b)
-    degrees = float(
-        np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(columns_a - columns_b, axis=0).max() / 2, 0, 1)))
-    )
+    turned = affine_a[:3, :3] / np.asarray(spacing_a) - affine_b[:3, :3] / np.asarray(spacing_b)
+    degrees = np.degrees(2 * np.arcsin(min(np.linalg.norm(turned, axis=0).max() / 2, 1)))
     if degrees > 0.05:
         return f"its axes are turned by {degrees:.3g} degrees"
     return f"its origin is {distance:.4g} mm away"
@@ -285,6 +252,10 @@ def same_grid(
 
 def _by(values: Sequence[float]) -> str:
     return "x".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _tuples(values: Any) -> Any:
+    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -19,9 +19,8 @@ SAMPLE = 2**21  # voxels of a case that its percentiles are estimated from
 def preprocess(volume: Volume, plan: Plan, source: str = "the image") -> tuple[np.ndarray, Grid]:
     """The network's view of a case, (c, x, y, z) float32, and the grid that leads back to its own voxels.
 
-    The axis order in which a volume is stored makes no difference, bit for bit. Needs room for two arrays
-    besides the volume. Raises UserError, in which `source` names the volume, where the channels are not the
-    plan's or the result is too large.
+    The axis order in which a volume is stored makes no difference, bit for bit. Raises UserError, in which
+    `source` names the volume, where the channels are not the plan's or the result is too large.
     """
     if volume.array.shape[0] != len(plan.channels):
         raise UserError(
@@ -64,9 +63,8 @@ def preprocess_label(label: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:
     table = np.full(65536, UNKNOWN, dtype=np.uint8)
     for index, label_class in enumerate(plan.classes):
         table[label_class.id] = index
-    small = inside.dtype in (np.uint8, np.uint16)
-    indices = table[inside if small else np.clip(inside, 0, 65535)]
-    unknown = indices == UNKNOWN if small else (indices == UNKNOWN) | (inside < 0) | (inside > 65535)
+    indices = table[np.clip(inside, 0, 65535)]
+    unknown = (indices == UNKNOWN) | (inside < 0) | (inside > 65535)
     if unknown.any():
         ids = np.unique(inside[unknown]).tolist()
         raise UserError(
