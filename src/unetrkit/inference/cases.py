@@ -30,7 +30,13 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
     if split == "test":
         chosen = [case for case in cases if case.split == "test"]
     elif split in ("training", "validation"):
-        training, validation = split_cases(cases, _fold(models))
+        folds = {model.description["origin"].get("fold") for model in models}
+        if len(folds) > 1:
+            raise UserError(
+                "the models were trained on different folds, so what validates one has trained another",
+                hint="predict the test cases, or use one model at a time",
+            )
+        training, validation = split_cases(cases, folds.pop())
         chosen = training if split == "training" else validation
     elif split != "all":
         raise UserError(f"`{split}` is not a split", hint="training, validation, test or all")
@@ -42,21 +48,9 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
     return chosen
 
 
-def _fold(models: Sequence[Model]) -> int | None:
-    folds = {model.description["origin"].get("fold") for model in models}
-    if len(folds) > 1:
-        raise UserError(
-            f"the models were trained on different folds ({', '.join(map(str, sorted(folds, key=str)))}), "
-            "so what validates one has trained another",
-            hint="predict the test cases, or use one model at a time",
-        )
-    return folds.pop()
-
-
 def _is_series(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    for file in sorted(folder.iterdir()):
+    """Whether a folder holds a DICOM file."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.is_file() and not file.name.lower().endswith((*ENDINGS, *LISTS)):
             with open(file, "rb") as opened:
                 if opened.read(132)[128:] == b"DICM":
@@ -68,33 +62,25 @@ def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
     """Raises UserError for models that cannot be averaged, because they differ in more than their weights."""
     if not models:
         raise UserError("no model is given", hint="--model RUN")
-    first = models[0]
     for model, path in zip(models[1:], paths[1:], strict=True):
-        for name in SAME:
-            expected, found = (json.dumps(one.plan.model_dump(mode="json")[name]) for one in (first, model))
+        for name, expected, found in zip((*SAME, "window"), _shared(models[0]), _shared(model), strict=True):
             if expected != found:
                 raise UserError(
                     f"`{path}` and `{paths[0]}` cannot be averaged: their {name.replace('_', ' ')} differ, "
                     f"{found[:200]} instead of {expected[:200]}",
                     hint="models that are averaged must come from one plan",
                 )
-        if model.description["image_size"] != first.description["image_size"]:
-            raise UserError(
-                f"`{path}` and `{paths[0]}` cannot be averaged: they see windows of "
-                f"{model.description['image_size']} and {first.description['image_size']} voxels",
-                hint="average runs of one patch size, or use one model at a time",
-            )
+
+
+def _shared(model: Model) -> list[str]:
+    plan = model.plan.model_dump(mode="json")
+    return [json.dumps(value) for value in (*(plan[name] for name in SAME), model.description["image_size"])]
 
 
 def require_free(out: Path, cases: Sequence[Case], overwrite: bool) -> None:
     """Raises UserError where label maps in `out` could replace scans, labels or earlier label maps."""
-    inputs = {
-        folder
-        for case in cases
-        for file in (*case.images, *([case.label] if case.label else []))
-        for folder in (file.resolve(), file.resolve().parent)
-    }
-    if out.resolve() in inputs:
+    files = [file for case in cases for file in (*case.images, case.label) if file]
+    if out.resolve() in {folder for file in files for folder in (file.resolve(), file.resolve().parent)}:
         raise UserError(
             f"`{out}` holds the scans themselves", hint="choose another folder for the label maps"
         )

@@ -110,17 +110,9 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     if not weights.exists():
         raise UserError(f"there is no file `{weights}`", hint=COPY)
     if sha256_file(weights) != description.sha256:
-        raise UserError(
-            f"`{weights}` is not the file that `{FILES[0]}` was written with: its SHA-256 differs",
-            hint=COPY,
-        )
-    network = build(
-        description.network,
-        description.in_channels,
-        description.classes,
-        description.image_size,
-        description.options,
-    )
+        raise UserError(f"`{weights}` is not that of `{FILES[0]}`: its SHA-256 differs", hint=COPY)
+    sizes = description.in_channels, description.classes, description.image_size
+    network = build(description.network, *sizes, description.options)
     try:
         tensors = safetensors.torch.load_file(weights)
     except SafetensorError as error:
@@ -150,68 +142,48 @@ def _folder(path: Path) -> Path:
     for folder in [*candidates, *(_previous(candidate) for candidate in candidates)]:
         if (folder / FILES[0]).is_file():
             return folder
+    hint = "give the run folder, or the `model` folder in it; `unetrkit train` makes one"
     if not path.exists():
-        raise UserError(
-            f"there is no model `{path}`",
-            hint="give the run folder, or the `model` folder in it; `unetrkit train` makes one",
-        )
+        raise UserError(f"there is no model `{path}`", hint=hint)
     if path.is_file():
-        raise UserError(
-            f"`{path}` is a file, but a model is a folder with `{FILES[0]}` and `{FILES[1]}`",
-            hint="give the run folder, or the `model` folder in it; foreign weights and pickles are not read",
-        )
-    raise UserError(
-        f"`{path}` holds no model: neither `{FILES[0]}` nor `model/{FILES[0]}`",
-        hint="give the run folder, or the `model` folder in it; a run writes it at its first validation",
-    )
+        raise UserError(f"`{path}` is a file, but a model is a folder with {' and '.join(FILES)}", hint=hint)
+    raise UserError(f"`{path}` holds no model: neither `{FILES[0]}` nor `model/{FILES[0]}`", hint=hint)
 
 
 def _description(path: Path) -> Description:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"`{path}` does not describe a model: its `format` is not `{FORMAT}`",
-            hint="give the run folder, or the `model` folder in it",
-        )
+        hint = "give the run folder, or the `model` folder in it"
+        raise UserError(f"`{path}` does not describe a model: its `format` is not `{FORMAT}`", hint=hint)
     if content.get("version") != 1:
-        raise UserError(
-            f"`{path}` is of version {json.dumps(content.get('version'))[:40]}, this program reads version 1",
-            hint="use the version of unetrkit that wrote it",
-        )
+        found = json.dumps(content.get("version"))[:40]
+        hint = "use the version of unetrkit that wrote it"
+        raise UserError(f"`{path}` is of version {found}, this program reads version 1", hint=hint)
     try:
         description = Description.model_validate_json(json.dumps(content))  # JSON mode: lists are tuples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"`{path}` is not a sound description: `{where}`: {first['msg']}", hint=COPY
-        ) from error
-    for said, planned, what in (
-        (description.in_channels, len(description.plan.channels), "channels"),
-        (description.classes, len(description.plan.classes), "classes"),
-    ):
-        if said != planned:
-            raise UserError(
-                f"`{path}` describes a network with {said} {what} and a plan with {planned}", hint=COPY
-            )
+        raise UserError(f"`{path}` is not sound: `{where}`: {first['msg']}", hint=COPY) from error
+    plan = description.plan
+    said = f"{description.in_channels} channels and {description.classes} classes"
+    if (description.in_channels, description.classes) != (len(plan.channels), len(plan.classes)):
+        planned = f"{len(plan.channels)} channels and {len(plan.classes)} classes"
+        raise UserError(f"`{path}` describes a network of {said} and a plan of {planned}", hint=COPY)
     return description
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     """Every tensor by name and shape; the first differences are named."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    differences = [f"`{name}` is missing" for name in shapes.keys() - found.keys()]
-    differences += [f"`{name}` is not part of the network" for name in found.keys() - shapes.keys()]
+    shapes, there = ({name: tuple(one.shape) for name, one in some.items()} for some in (expected, found))
+    differences = [f"`{name}` is missing" for name in shapes.keys() - there.keys()]
+    differences += [f"`{name}` is not part of the network" for name in there.keys() - shapes.keys()]
     differences += [
-        f"`{name}` is {tuple(found[name].shape)} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in found and tuple(found[name].shape) != shape
+        f"`{name}` is {there[name]} instead of {shapes[name]}"
+        for name in shapes.keys() & there.keys()
+        if there[name] != shapes[name]
     ]
     if differences:
+        words = ", ".join(sorted(differences)[:3])
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(
-            f"`{path}` does not hold the weights of the network that `{FILES[0]}` describes: "
-            + ", ".join(sorted(differences)[:3])
-            + more,
-            hint=COPY,
-        )
+        raise UserError(f"`{path}` does not fit the network of `{FILES[0]}`: {words}{more}", hint=COPY)

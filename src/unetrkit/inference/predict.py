@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,8 +61,7 @@ def predict_stored(
 ) -> np.ndarray:
     """Label ids (x, y, z) on the case's own grid, for an image (c, x, y, z) as `preprocess` makes it.
 
-    The network stays on its device and gets its training mode back. The window is that of the
-    settings, else the plan's `patch_size`.
+    The network stays on its device and gets its training mode back.
     """
     return _labels([network], image, grid, plan, settings.window or plan.patch_size, settings)
 
@@ -80,7 +78,8 @@ def predict_label(models: Sequence[Model], volume: Volume, settings: PredictSett
     Raises UserError where the volume's channels are not the plan's.
     """
     image, grid = preprocess(volume, models[0].plan)
-    return _label(models, image, grid, settings)
+    networks = [model.network for model in models]
+    return _labels(networks, image, grid, models[0].plan, _window(models, settings), settings)
 
 
 def predict(
@@ -105,7 +104,8 @@ def predict(
     (unless `overwrite`), and for an `out` that holds inputs. A case that cannot be used does not stop the
     others: a UserError after the last one names it.
     """
-    loaded = [load_model(path, _device(settings.device)) for path in models]
+    device = _device(settings.device)
+    loaded = [load_model(path, device) for path in models]
     require_one_plan(loaded, models)
     plan = loaded[0].plan
     cases = choose_cases(inputs, split, loaded, allow_outside)
@@ -129,7 +129,8 @@ def predict(
         path = out / f"{case.name}.nii.gz"
         try:
             image, grid = prepared.result()
-            label = _label(loaded, image, grid, settings, report)
+            networks = [model.network for model in loaded]
+            label = _labels(networks, image, grid, plan, _window(loaded, settings), settings, report)
             write_label(path, label, case.images[0], {one.id: one.name for one in plan.classes})
         except UserError as error:
             failed[case.name] = error
@@ -143,7 +144,8 @@ def predict(
             "seconds": round(time.monotonic() - start, 3),
             "peak_memory_mb": _peak_memory_mb(),
         }
-        _write_record(out / RECORD, record)
+        content = {"format": FORMAT, "version": 1, "cases": record}
+        atomic_write(out / RECORD, (json.dumps(content, indent=1) + "\n").encode())
     _raise_failures(failed, len(cases))
     return written
 
@@ -163,17 +165,8 @@ def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[
             yield case, prepared
 
 
-def _label(
-    models: Sequence[Model],
-    image: np.ndarray,
-    grid: Grid,
-    settings: PredictSettings,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """As `predict_label`, for an image (c, x, y, z) on the plan's grid."""
-    first = models[0]
-    window = settings.window or tuple(first.description["image_size"])
-    return _labels([model.network for model in models], image, grid, first.plan, window, settings, progress)
+def _window(models: Sequence[Model], settings: PredictSettings) -> Triple:
+    return settings.window or tuple(models[0].description["image_size"])
 
 
 def _labels(
@@ -185,64 +178,40 @@ def _labels(
     settings: PredictSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    score = scores_of(
-        networks,
-        mirrors=[AXES.index(axis) for axis in settings.mirrors],
-        swap=plan.mirrored,
-        bf16=settings.amp == "bf16",
-    )
+    mirrors = [AXES.index(axis) for axis in settings.mirrors]
     # padding is air, as it was in training (`sampling.read_patch`)
-    fill = [
-        0.0 if how.kind == "window" else float(channel.min())
-        for channel, how in zip(image, plan.intensity, strict=True)
-    ]
+    air = zip(image, plan.intensity, strict=True)
     slabs = sliding_window(
-        score,
+        scores_of(networks, mirrors=mirrors, swap=plan.mirrored, bf16=settings.amp == "bf16"),
         torch.from_numpy(image),
         window,
         overlap=settings.overlap,
         blending=settings.blending,
         window_batch=settings.window_batch,
-        fill=fill,
+        fill=[0.0 if how.kind == "window" else float(channel.min()) for channel, how in air],
         progress=progress,
     )
+    training = [network.training for network in networks]
     try:
-        with _evaluating(networks):
-            return restore(slabs, grid, [label_class.id for label_class in plan.classes])
+        for network in networks:
+            network.eval()
+        return restore(slabs, grid, [label_class.id for label_class in plan.classes])
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"not enough memory for windows of {window} voxels",
             hint="`amp=bf16` needs less, `device=cpu` uses the main memory",
         ) from error
-
-
-@contextmanager
-def _evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [network.training for network in networks]
-    for network in networks:
-        network.eval()
-    try:
-        yield
     finally:
-        for network, mode in zip(networks, modes, strict=True):
+        for network, mode in zip(networks, training, strict=True):
             network.train(mode)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     """The cases of an earlier prediction into the same folder; {} without one."""
     content = read_json(path) if path.exists() else {"format": FORMAT, "cases": {}}
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or not isinstance(content.get("cases"), dict)
-    ):
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
         raise UserError(f"`{path}` is not the record of a prediction", hint="choose another folder")
-    return content["cases"]
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    content = {"format": FORMAT, "version": 1, "cases": record}
-    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+    return dict(content["cases"])
 
 
 def _raise_failures(failed: dict[str, UserError], cases: int) -> None:
