@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from unetrkit.data.volume import read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation.metrics import DEFAULT_TOLERANCE_MM, OrganMetrics, case_metrics
 from unetrkit.evaluation.pairs import Pair, listed, pair_cases
-from unetrkit.evaluation.provenance import Provenance, RunRecord, read_run, trace
+from unetrkit.evaluation.provenance import Provenance, RunRecord, read_run
 from unetrkit.evaluation.summary import CaseMetrics, Summary, summarise
 
 OUTPUTS = ("metrics.csv", "metrics.json", "report.html")
@@ -63,17 +64,17 @@ def evaluate(
     _check_out(out)
     pairs, notes = pair_cases(predictions, dataset)
     record = read_run(run) if run is not None else RunRecord()
-    classes = _classes(pairs, dataset, record, workers)
+    classes = _classes(pairs, dataset, record)
     found: dict[int, Measured] = {}
     measure = partial(_measure, classes=classes, tolerance_mm=tolerance_mm)
-    for position, result in for_each(measure, pairs, workers, name=_name):
+    for position, result in for_each(measure, pairs, workers, attrgetter("case.name")):
         found[position] = result
         if progress is not None:
             progress(len(found), len(pairs), result.metrics.name)
     measured = [found[position] for position in range(len(pairs))]
     summary = summarise([m.metrics for m in measured])
     hashes = record.hashes | _data_hashes(measured)
-    provenance = trace(dataset.name, tolerance_mm, notes + _undeclared_notes(measured), hashes)
+    provenance = Provenance(dataset.name, tolerance_mm, notes + _undeclared_notes(measured), hashes)
 
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "metrics.csv", _csv(summary).encode())
@@ -89,9 +90,8 @@ def _measure(
     truth = read_label(pair.label)
     # a label may be stored in another axis order than its image, and the prediction is on the image's grid
     prediction = reorient(read_label(pair.prediction), truth.affine)
-    shapes = truth.array.shape[1:], prediction.array.shape[1:]
-    difference = same_grid(truth.affine, shapes[0], prediction.affine, shapes[1])
-    if difference is not None:
+    shape = truth.array.shape[1:]
+    if difference := same_grid(truth.affine, shape, prediction.affine, prediction.array.shape[1:]):
         raise UserError(
             f"`{pair.prediction}` is not on the grid of `{pair.label}`: {difference}",
             hint="metrics are taken on the case's own grid; `unetrkit predict` writes its label maps there",
@@ -108,24 +108,14 @@ def _measure(
     )
 
 
-def _classes(
-    pairs: Sequence[Pair], dataset: Dataset, record: RunRecord, workers: int | None
-) -> list[LabelClass]:
+def _classes(pairs: Sequence[Pair], dataset: Dataset, record: RunRecord) -> list[LabelClass]:
     """The organs: those the data set declares, else those of the run's plan, else the ids in the labels."""
     if dataset.labels:
         return [LabelClass(id=i, name=name) for i, name in sorted(dataset.labels.items()) if i != 0]
     if record.plan is not None:
         return [c for c in record.plan.classes if c.id != 0]
-    ids = set().union(*(found for _, found in for_each(_label_ids, pairs, workers, name=_name)))
+    ids = set().union(*(_ids(read_label(pair.label).array) for pair in pairs))
     return [LabelClass(id=i, name=f"label {i}") for i in sorted(ids)]
-
-
-def _name(pair: Pair) -> str:
-    return pair.case.name
-
-
-def _label_ids(pair: Pair) -> set[int]:
-    return _ids(read_label(pair.label).array)
 
 
 def _ids(labels: np.ndarray) -> set[int]:
@@ -136,18 +126,13 @@ def _ids(labels: np.ndarray) -> set[int]:
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir():
-        foreign = sorted(
-            p.name for p in out.iterdir() if p.name not in OUTPUTS and not p.name.startswith(".")
-        )
-        if foreign:
-            raise UserError(
-                f"`{out}` holds {listed(foreign)}, which no evaluation wrote",
-                hint="name an empty or new folder",
-            )
-    elif out.exists():
+    if out.exists() and not out.is_dir():
+        raise UserError(f"`{out}` is a file, the report is a folder", hint="name an empty or new folder")
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
+    if foreign:
         raise UserError(
-            f"`{out}` is a file, and a folder is wanted for the report", hint="name an empty or new folder"
+            f"`{out}` holds {listed(foreign)}, which no evaluation wrote", hint="name an empty or new folder"
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unetrkit.evaluation.summary import Summary
+from unetrkit.evaluation.surface import bounding_box
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,14 +73,12 @@ def dice_figure(summary: Summary) -> str | None:
         return _svg(figure)
 
 
-def curves_figure(records: Sequence[Mapping[str, object]]) -> str | None:
+def curves_figure(records: Sequence[Mapping[str, Any]]) -> str | None:
     """Loss, learning rate and Dice by step, whichever the log has; None where it has none of them."""
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
-        step = record.get("step")
-        if isinstance(step, int):
-            for name, value in _numbers(record):
-                series.setdefault(name, []).append((step, value))
+        for name, value in _numbers(record) if isinstance(record.get("step"), int) else ():
+            series.setdefault(name, []).append((record["step"], value))
     panels = []
     for word, title in (("loss", "Loss"), ("dice", "Dice"), ("lr", "Learning rate")):
         chosen = {name: series.pop(name) for name in list(series) if word in name.lower()}
@@ -112,8 +111,14 @@ def slices_figure(
     All arrays are (x, y, z) in RAS+ axes, the masks boolean and not both empty; `spacing` in mm. `window` is
     the range of intensities from black to white; by default the 1st to 99th percentile of what is shown.
     """
+    from matplotlib.lines import Line2D
+
+    dashed = (0, (2.2, 1.4))
+    drawn = {"truth": (truth, TRUTH, "-"), "prediction": (prediction, PREDICTION, dashed)}
     centre = organ_centre(truth if truth.any() else prediction)
-    reach = _reach(truth | prediction, spacing)
+    margins = [round(MARGIN_MM / step) for step in spacing]
+    box = zip(bounding_box(truth | prediction), margins, image.shape, strict=True)
+    reach = [(max(0, one.start - margin), min(size, one.stop + margin)) for one, margin, size in box]
     low, high = window or np.percentile(image[tuple(slice(*r) for r in reach)], [1, 99])
     with _figure(10.2, 3.75, face="#101418") as figure:
         for place, (name, (cut, across, up, letters)) in enumerate(PLANES.items(), start=1):
@@ -122,13 +127,16 @@ def slices_figure(
             left, right, bottom, top = (edge * spacing[a] for a in (across, up) for edge in reach[a])
             extent = (left, right, bottom, top)
             axes.imshow(image[plane].T, "gray", vmin=low, vmax=high, origin="lower", extent=extent)
-            for mask, colour, style in ((truth, TRUTH, "-"), (prediction, PREDICTION, (0, (2.2, 1.4)))):
+            for mask, colour, style in drawn.values():
                 _outline(axes, mask[plane].T, extent, colour, style)
             axes.set(xlim=(right, left), ylim=(bottom, top))  # R, or A, on the left
             axes.set_axis_off()
             axes.set_title(name, color="white", fontsize=9)
             _letters(axes, letters)
-        handles = [_line(TRUTH, "-", "truth"), _line(PREDICTION, (0, (2.2, 1.4)), "prediction")]
+        handles = [
+            Line2D([], [], color=colour, linestyle=style, label=name)
+            for name, (_, colour, style) in drawn.items()
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor="white")
         return _webp(figure)
 
@@ -144,17 +152,6 @@ def organ_centre(mask: np.ndarray) -> tuple[int, int, int]:
     voxels = np.argwhere(mask)
     x, y, z = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
     return int(x), int(y), int(z)
-
-
-def _reach(mask: np.ndarray, spacing: Sequence[float]) -> list[tuple[int, int]]:
-    """The box of a mask with MARGIN_MM around it, within the volume."""
-    reach = []
-    for axis, step in enumerate(spacing):
-        filled = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        margin = round(MARGIN_MM / step)
-        start, stop = int(filled[0]) - margin, int(filled[-1]) + 1 + margin
-        reach.append((max(0, start), min(mask.shape[axis], stop)))
-    return reach
 
 
 def _outline(
@@ -218,21 +215,17 @@ def _figure(width: float, height: float, face: str = "white") -> Iterator[Figure
         yield Figure(figsize=(width, height), layout="constrained", facecolor=face)
 
 
-def _line(colour: str, style: Any, label: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, linestyle=style, label=label)
-
-
 def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(figure, "svg+xml", format="svg", metadata={"Date": None})
 
 
 def _webp(figure: Figure) -> str:
     """Of a noisy scan 0.33 MB at most, where PNG takes 1.4: five of them stay a file to send by mail."""
-    buffer = io.BytesIO()
     face = figure.get_facecolor()
-    figure.savefig(buffer, format="webp", dpi=150, facecolor=face, pil_kwargs={"quality": 85})
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(figure, "webp", format="webp", dpi=150, facecolor=face, pil_kwargs={"quality": 85})
+
+
+def _data_uri(figure: Figure, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

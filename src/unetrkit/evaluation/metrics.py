@@ -29,6 +29,12 @@ from unetrkit.evaluation import surface
 DEFAULT_TOLERANCE_MM = 2.0
 METRICS = ("dice", "iou", "nsd", "hd95_mm", "assd_mm")
 Status = Literal["scored", "missed", "false positive", "absent"]
+STATUS: dict[tuple[bool, bool], Status] = {  # of an organ in the truth, in the prediction
+    (True, True): "scored",
+    (True, False): "missed",
+    (False, True): "false positive",
+    (False, False): "absent",
+}
 SLAB_VOXELS = 2**22
 
 
@@ -75,16 +81,19 @@ def case_metrics(
     found = []
     for k, organ in enumerate(organs, start=1):
         both, in_truth, in_prediction = int(joint[k, k]), int(joint[k].sum()), int(joint[:, k].sum())
-        status = _status(in_truth, in_prediction)
+        status = STATUS[in_truth > 0, in_prediction > 0]
         dice, iou = _overlap(both, in_truth, in_prediction)
         nsd = None if status == "absent" else 0.0
         hd95 = assd = None
         if status == "scored":
-            box = _union(boxes[0][k - 1], boxes[1][k - 1])
+            sides = zip(boxes[0][k - 1], boxes[1][k - 1], strict=True)
+            box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
             masks = truth[box] == organ.id, prediction[box] == organ.id
             distances = surface.surface_distances(*masks, spacing)
             hd95, assd = surface.hausdorff_distance(distances), surface.average_distance(distances)
-            nsd = surface.surface_dice(distances, _tolerance(tolerance_mm, organ.id))
+            per_class = isinstance(tolerance_mm, Mapping)
+            tolerance = tolerance_mm.get(organ.id, DEFAULT_TOLERANCE_MM) if per_class else tolerance_mm
+            nsd = surface.surface_dice(distances, tolerance)
         volumes = in_truth * voxel_ml, in_prediction * voxel_ml
         found.append(OrganMetrics(organ.id, organ.name, status, dice, iou, nsd, hd95, assd, *volumes))
     return found
@@ -135,19 +144,3 @@ def _overlap(both: int, in_truth: int, in_prediction: int) -> tuple[float | None
     """Dice and IoU; undefined where both masks are empty."""
     total = in_truth + in_prediction
     return (2 * both / total, both / (total - both)) if total else (None, None)
-
-
-def _status(in_truth: int, in_prediction: int) -> Status:
-    if in_truth:
-        return "scored" if in_prediction else "missed"
-    return "false positive" if in_prediction else "absent"
-
-
-def _tolerance(tolerance_mm: float | Mapping[int, float], organ: int) -> float:
-    if isinstance(tolerance_mm, Mapping):
-        return tolerance_mm.get(organ, DEFAULT_TOLERANCE_MM)
-    return tolerance_mm
-
-
-def _union(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:
-    return tuple(slice(min(i.start, j.start), max(i.stop, j.stop)) for i, j in zip(a, b, strict=True))

@@ -44,32 +44,13 @@ class Provenance:
     """How the figures came about; part of metrics.json and of the report."""
 
     dataset: str
-    date: str
-    command: str
-    tolerance_mm: float | dict[int, float]
-    definitions: dict[str, str]
-    notes: tuple[str, ...]
-    environment: dict[str, str]
+    tolerance_mm: float | Mapping[int, float]
+    notes: Sequence[str]
     hashes: dict[str, str]
-
-
-def trace(
-    dataset: str,
-    tolerance_mm: float | Mapping[int, float],
-    notes: Sequence[str],
-    hashes: Mapping[str, str],
-) -> Provenance:
-    """The record of the evaluation that runs now."""
-    return Provenance(
-        dataset,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        shlex.join(["unetrkit", *sys.argv[1:]]),
-        dict(tolerance_mm) if isinstance(tolerance_mm, Mapping) else tolerance_mm,
-        DEFINITIONS,
-        tuple(notes),
-        environment(),
-        dict(hashes),
-    )
+    definitions: dict[str, str] = field(default_factory=lambda: DEFINITIONS)
+    environment: dict[str, str] = field(default_factory=environment)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    command: str = field(default_factory=lambda: shlex.join(["unetrkit", *sys.argv[1:]]))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -86,11 +67,15 @@ def read_run(path: Path) -> RunRecord:
         "training settings": path / "config.yaml",
     }
     hashes = {name: sha256_file(file) for name, file in named.items() if file.is_file()}
-    plan = _read_plan(folder / "model.json")
-    if plan is not None:
+    plan = None
+    if (folder / "model.json").is_file():
+        description = read_json(folder / "model.json")
+        plan = parse_plan(
+            description.get("plan") if isinstance(description, dict) else None,
+            f"the plan in `{folder / 'model.json'}`",
+        )
         hashes["plan"] = plan_hash(plan)
-    config = path / "config.yaml"
-    return RunRecord(plan, read_curves(path / "metrics.jsonl"), _text(config), hashes)
+    return RunRecord(plan, read_curves(path / "metrics.jsonl"), _text(path / "config.yaml"), hashes)
 
 
 def read_curves(path: Path) -> tuple[dict[str, object], ...]:
@@ -104,14 +89,6 @@ def read_curves(path: Path) -> tuple[dict[str, object], ...]:
         if isinstance(record, dict):
             records.append(record)
     return tuple(records)
-
-
-def _read_plan(path: Path) -> Plan | None:
-    if not path.is_file():
-        return None
-    description = read_json(path)
-    plan = description.get("plan") if isinstance(description, dict) else None
-    return parse_plan(plan, f"the plan in `{path}`")
 
 
 def _text(path: Path) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from unetrkit.data.geometry import reorient, same_grid, spacing_of, to_ras
 from unetrkit.data.plan import Plan
-from unetrkit.data.volume import Volume, read_image, read_label
+from unetrkit.data.volume import read_image, read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation import figures
 from unetrkit.evaluation.metrics import OrganMetrics
@@ -28,16 +26,14 @@ class View:
     picture: str
 
 
-def worst_views(
-    pairs: Sequence[Pair], summary: Summary, plan: Plan | None, most: int = WORST_CASES
-) -> list[View]:
+def worst_views(pairs: Sequence[Pair], summary: Summary, plan: Plan | None) -> list[View]:
     """The cases of lowest mean Dice, worst first.
 
     Raises UserError where an image cannot be read or is not on its label's grid.
     """
     pair_of = {pair.case.name: pair for pair in pairs}
     scored = sorted((c for c in summary.cases if c.dice is not None), key=lambda case: case.dice or 0.0)
-    return [_view(case, pair_of[case.name], plan) for case in scored[:most]]
+    return [_view(case, pair_of[case.name], plan) for case in scored[:WORST_CASES]]
 
 
 def worst_organ(case: CaseMetrics) -> OrganMetrics:
@@ -50,31 +46,16 @@ def _view(case: CaseMetrics, pair: Pair, plan: Plan | None) -> View:
     image = read_image(pair.case.images)
     label, prediction = (reorient(read_label(path), image.affine) for path in (pair.label, pair.prediction))
     shape = image.array.shape[1:]
-    difference = same_grid(image.affine, shape, label.affine, label.array.shape[1:])
-    if difference is not None:
+    if difference := same_grid(image.affine, shape, label.affine, label.array.shape[1:]):
         raise UserError(
             f"`{pair.label}` is not on the grid of `{pair.case.images[0]}`: {difference}",
             hint="`unetrkit check` finds every such case",
         )
     organ = worst_organ(case)
-    picture = figures.slices_figure(
-        _upright(image),
-        _upright(label) == organ.id,
-        _upright(prediction) == organ.id,
-        spacing_of(to_ras(image)[0].affine),
-        _window(plan),
-    )
+    upright, there, found = (to_ras(volume)[0] for volume in (image, label, prediction))
+    masks = there.array[0] == organ.id, found.array[0] == organ.id
+    window = None
+    if plan is not None and plan.intensity[0].kind == "window":  # percentiles say nothing about grey levels
+        window = plan.intensity[0].lower, plan.intensity[0].upper
+    picture = figures.slices_figure(upright.array[0], *masks, spacing_of(upright.affine), window)
     return View(case, organ, picture)
-
-
-def _upright(volume: Volume) -> np.ndarray:
-    """The first channel, (x, y, z) in RAS+ axes."""
-    array: np.ndarray = to_ras(volume)[0].array[0]
-    return array
-
-
-def _window(plan: Plan | None) -> tuple[float, float] | None:
-    """The plan's window of the first channel; percentiles say nothing about grey levels."""
-    if plan is None or plan.intensity[0].kind != "window":
-        return None
-    return plan.intensity[0].lower, plan.intensity[0].upper
