@@ -10,7 +10,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 from unetrkit.errors import UserError
@@ -79,10 +78,8 @@ def _where_instead(path: Path) -> str:
     missing = next((folder for folder in reversed(path.parents) if not folder.is_dir()), None)
     if missing is not None:
         return f"there is no folder `{missing}` either: check the path"
-    readable = os.access(path.parent, os.R_OK)
-    names = [entry.name for entry in islice(path.parent.iterdir(), 1000)] if readable else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    if close:
+    names = os.listdir(path.parent)[:1000] if os.access(path.parent, os.R_OK) else []
+    if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.8):
         return f"did you mean `{path.with_name(close[0])}`?"
     return "check the path" if path.is_absolute() else f"relative paths start at `{Path.cwd()}`"
 

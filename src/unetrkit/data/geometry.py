@@ -110,7 +110,7 @@ def turn(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> np.nd
     """A view (..., x, y, z) -> (..., R, A, S): permutes the last three axes, then reverses by `flips`."""
     lead = array.ndim - 3
     turned = array.transpose(*range(lead), *(lead + axis for axis in axes))
-    return np.flip(turned, [lead + row for row in range(3) if flips[row]])
+    return np.flip(turned, tuple(lead + row for row in range(3) if flips[row]))
 
 
 def turn_back(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> np.ndarray:

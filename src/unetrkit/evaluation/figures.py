@@ -113,8 +113,11 @@ def slices_figure(
     """
     from matplotlib.lines import Line2D
 
-    dashed = (0, (2.2, 1.4))
-    drawn = {"truth": (truth, TRUTH, "-"), "prediction": (prediction, PREDICTION, dashed)}
+    dashed: Any = (0, (2.2, 1.4))
+    drawn: dict[str, tuple[np.ndarray, str, Any]] = {
+        "truth": (truth, TRUTH, "-"),
+        "prediction": (prediction, PREDICTION, dashed),
+    }
     centre = organ_centre(truth if truth.any() else prediction)
     margins = [round(MARGIN_MM / step) for step in spacing]
     box = zip(bounding_box(truth | prediction), margins, image.shape, strict=True)

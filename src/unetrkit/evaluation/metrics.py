@@ -75,6 +75,7 @@ def case_metrics(
     """
     organs = [c for c in classes if c.id != 0]
     ids = [c.id for c in organs]
+    tolerances = tolerance_mm if isinstance(tolerance_mm, Mapping) else dict.fromkeys(ids, tolerance_mm)
     joint = joint_counts(truth, prediction, ids)
     boxes = [ndimage.find_objects(_class_indices(labels, ids)) for labels in (truth, prediction)]
     voxel_ml = float(np.prod(spacing)) / 1000
@@ -91,9 +92,7 @@ def case_metrics(
             masks = truth[box] == organ.id, prediction[box] == organ.id
             distances = surface.surface_distances(*masks, spacing)
             hd95, assd = surface.hausdorff_distance(distances), surface.average_distance(distances)
-            per_class = isinstance(tolerance_mm, Mapping)
-            tolerance = tolerance_mm.get(organ.id, DEFAULT_TOLERANCE_MM) if per_class else tolerance_mm
-            nsd = surface.surface_dice(distances, tolerance)
+            nsd = surface.surface_dice(distances, tolerances.get(organ.id, DEFAULT_TOLERANCE_MM))
         volumes = in_truth * voxel_ml, in_prediction * voxel_ml
         found.append(OrganMetrics(organ.id, organ.name, status, dice, iou, nsd, hd95, assd, *volumes))
     return found

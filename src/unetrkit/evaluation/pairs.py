@@ -31,7 +31,7 @@ def pair_cases(predictions: Path, dataset: Dataset) -> tuple[list[Pair], list[st
     files = {path.name.removesuffix(SUFFIX): path for path in sorted(predictions.glob(f"[!.]*{SUFFIX}"))}
     if not files:
         raise UserError(
-            f"`{predictions}` holds no label map `*{SUFFIX}`", hint="make some with `unetrkit predict`"
+            f"`{predictions}` holds no label map `*{SUFFIX}`", hint="make some: `unetrkit predict`"
         )
     known = {case.name for case in dataset.cases}
     strangers = [path.name for name, path in files.items() if name not in known]

@@ -63,18 +63,15 @@ class Summary:
     def table(self) -> str:
         """The figures for a terminal: a line per organ and the mean."""
         width = max(len(name) for name in ["mean", *(organ.name for organ in self.organs)])
-        head = (
-            f"{'organ':{width}} {'cases':>6} {'Dice':>6} {'IoU':>6} {'NSD':>6} {'HD95 mm':>8} {'ASSD mm':>8}"
-        )
-        lines = [f"{head} {'missed':>7} {'false positive':>15}"]
-        for organ in self.organs:
-            numbers = _row(organ.estimates)
-            counts = f"{organ.missed:7} {organ.false_positives:15}"
-            lines.append(f"{organ.name:{width}} {organ.present:6} {numbers} {counts}")
+        lines = [
+            f"{'organ':{width}} {'cases':>6} {'Dice':>6} {'IoU':>6} {'NSD':>6} {'HD95 mm':>8} {'ASSD mm':>8} "
+            f"{'missed':>7} {'false positive':>15}"
+        ]
         missed, false = (sum(getattr(o, n) for o in self.organs) for n in ("missed", "false_positives"))
-        return "\n".join(
-            [*lines, f"{'mean':{width}} {len(self.cases):6} {_row(self.mean)} {missed:7} {false:15}"]
-        )
+        rows = [(o.name, o.present, o.estimates, o.missed, o.false_positives) for o in self.organs]
+        for name, count, estimates, m, f in [*rows, ("mean", len(self.cases), self.mean, missed, false)]:
+            lines.append(f"{name:{width}} {count:6} {_row(estimates)} {m:7} {f:15}")
+        return "\n".join(lines)
 
 
 def summarise(

@@ -60,8 +60,6 @@ def _is_series(folder: Path) -> bool:
 
 def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
     """Raises UserError for models that cannot be averaged, because they differ in more than their weights."""
-    if not models:
-        raise UserError("no model is given", hint="--model RUN")
     for model, path in zip(models[1:], paths[1:], strict=True):
         for name, expected, found in zip((*SAME, "window"), _shared(models[0]), _shared(model), strict=True):
             if expected != found:

@@ -146,7 +146,12 @@ def predict(
         }
         content = {"format": FORMAT, "version": 1, "cases": record}
         atomic_write(out / RECORD, (json.dumps(content, indent=1) + "\n").encode())
-    _raise_failures(failed, len(cases))
+    if failed and len(cases) == 1:
+        raise next(iter(failed.values()))
+    if failed:
+        listed = "; ".join(f"`{name}`: {error.message}" for name, error in list(failed.items())[:10])
+        message = f"{len(failed)} of {len(cases)} cases could not be segmented: {listed}"
+        raise UserError(message, hint="the label maps of the others are written")
     return written
 
 
@@ -212,18 +217,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
         raise UserError(f"`{path}` is not the record of a prediction", hint="choose another folder")
     return dict(content["cases"])
-
-
-def _raise_failures(failed: dict[str, UserError], cases: int) -> None:
-    if failed and cases == 1:
-        raise next(iter(failed.values()))
-    if failed:
-        listed = [f"`{name}`: {error.message}" for name, error in failed.items()]
-        more = f"; and {len(listed) - 10} more" if len(listed) > 10 else ""
-        raise UserError(
-            f"{len(failed)} of {cases} cases could not be segmented: {'; '.join(listed[:10])}{more}",
-            hint="the label maps of the others are written",
-        )
 
 
 def _device(name: str) -> torch.device:
