@@ -76,7 +76,14 @@ def test_functions_take_at_most_eight_arguments():
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"\beval\(", r"\bexec\(", r"yaml\.load\b", r"extractall", r"weights_only=False", r"pickle\.(load|loads|Unpickler)\b"],
+    [
+        r"\beval\(",
+        r"\bexec\(",
+        r"yaml\.load\b",
+        r"extractall",
+        r"weights_only=False",
+        r"pickle\.(load|loads|Unpickler)\b",
+    ],
 )
 def test_dangerous_calls_are_absent(pattern):
     found = [
