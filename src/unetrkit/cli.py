@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from unetrkit import __version__
 from unetrkit.errors import ExitCode, Interrupted, UserError
 
 app = typer.Typer(
@@ -32,6 +34,21 @@ Outside = Annotated[
     bool, typer.Option("--allow-outside", help="Accept files outside the data list's folder.")
 ]
 CORES = os.cpu_count() or 1
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked))
+    ] = False,
+) -> None:
+    """The options of `unetrkit` itself."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"unetrkit {__version__}")
+        raise typer.Exit()
 
 
 def say(text: str) -> None:
@@ -78,7 +95,7 @@ def check(
         first, more = report.errors[0], len(report.errors) - 1
         also = f" (and {more} more errors, listed above)" if more else ""
         raise UserError(first.message + also, hint=first.hint)
-    say(f"next: unetrkit prepare {data} STORE")
+    say(f"next: unetrkit prepare {_quoted(data)} STORE{_outside(allow_outside)}")
 
 
 @app.command()
@@ -118,7 +135,7 @@ def prepare(
     with progress("preparing") as report_progress:
         summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress)
     say(f"{summary}; the plan is {out / 'plan.json'}")
-    say(f"next: unetrkit train swin_unetr_tiny data={out} out=RUN")
+    say(f"next: unetrkit train swin_unetr_tiny data={_quoted(out)} out=RUN")
 
 
 @app.command()
@@ -162,7 +179,7 @@ def predict(
 
     settings = apply_overrides(PredictSettings, override or [])
     with progress("predicting") as report_progress:
-        predict_cases(
+        labels = predict_cases(
             scans,
             out,
             model,
@@ -172,7 +189,10 @@ def predict(
             allow_outside=allow_outside,
             progress=report_progress,
         )
-    say(f"next: unetrkit evaluate {out} DATALIST REPORT")
+    say(f"wrote {len(labels)} label map{'s' * (len(labels) != 1)} in `{out}`")
+    if scans.suffix in (".json", ".csv"):
+        words = f"{_quoted(out)} {_quoted(scans)} REPORT --run {_quoted(model[0])}{_outside(allow_outside)}"
+        say(f"next: unetrkit evaluate {words}")
 
 
 @app.command()
@@ -227,6 +247,14 @@ def info(
     )
 
 
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _outside(allowed: bool) -> str:
+    return " --allow-outside" if allowed else ""
+
+
 def _lower(text: str) -> str:
     return (text[:1].lower() + text[1:]).rstrip(".")
 
@@ -242,7 +270,8 @@ def main() -> None:
     """The one place where exceptions become messages and exit codes; a programming error keeps its trace."""
     usage_error = typer.BadParameter.__bases__[0]  # click's, which typer bundles without a public name
     try:
-        sys.exit(app(standalone_mode=False) or ExitCode.DONE)
+        words = sys.argv[1:] or ["--help"]
+        sys.exit(app(words, prog_name="unetrkit", standalone_mode=False) or ExitCode.DONE)
     except UserError as error:
         report_error(error.message, error.hint, ExitCode.WRONG_USE)
     except usage_error as error:  # type: ignore[misc]
