@@ -11,7 +11,7 @@ from pathlib import Path
 from unetrkit.errors import UserError
 
 # The published BTCV plan, coarser: what two CPU cores can learn in minutes.
-PLAN = "--published btcv spacing=5,5,5 patch_size=64,48,48"
+PLAN = "--published btcv spacing=4,4,4 patch_size=48,48,48"
 
 
 def run_demo(out: Path, run: Callable[[list[str]], object]) -> None:
