@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from unetrkit.data.check import check
+from unetrkit.data.datalist import read_dataset
+from unetrkit.data.fingerprint import make_plan
 from unetrkit.data.geometry import orientation, reorient, same_grid, spacing_of
+from unetrkit.data.prepare import prepare
+from unetrkit.data.store import Store
 from unetrkit.data.volume import read_header, read_image, read_label, write_label
 from unetrkit.errors import UserError
 
@@ -75,6 +81,24 @@ def test_series_is_read_at_its_place(tmp_path: Path) -> None:
     label = read_label(tmp_path / "label.nii.gz")
     np.testing.assert_array_equal(label.array, volume.array > -700)
     np.testing.assert_allclose(label.affine, volume.affine, rtol=1e-6)
+
+
+def test_a_series_is_checked_and_prepared_and_redone_where_a_slice_changed(tmp_path: Path) -> None:
+    cases = []
+    for k, name in enumerate(("a", "b")):
+        write_series(tmp_path / name, SeriesInstanceUID=f"1.2.{k}", RescaleIntercept=-1024 - k)
+        label = (read_image([tmp_path / name]).array[0] > -700).astype(np.uint8)
+        write_label(tmp_path / f"{name}.nii.gz", label, tmp_path / name, {1: "high"})
+        cases.append({"image": name, "label": f"{name}.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps({"modality": "CT", "training": cases}))
+    dataset = read_dataset(tmp_path / "list.json")
+    assert check(dataset, workers=1).errors == ()
+    plan = make_plan(dataset, workers=1)
+    assert prepare(dataset, plan, tmp_path / "store", workers=1).redone == 2
+    assert prepare(dataset, plan, tmp_path / "store", workers=1).redone == 0
+    change(tmp_path / "b" / "IM05", RescaleIntercept=-1000)
+    assert prepare(dataset, plan, tmp_path / "store", workers=1).redone == 1
+    assert [case.name for case in Store.open(tmp_path / "store").cases] == ["a", "b"]
 
 
 def test_oblique_series_and_slopes_of_their_own(tmp_path: Path) -> None:

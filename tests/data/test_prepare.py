@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -72,7 +73,7 @@ def digests(store: Path) -> dict[str, str]:
 
 def redone(store: Path, dataset: Dataset, plan: Plan = PLAN) -> list[str]:
     """The cases that a further `prepare` writes anew."""
-    before = {path.name: path.stat().st_ino for path in (store / "cases").iterdir()}
+    before = {path.name: path.stat().st_ino for path in (store / "cases").glob("*")}
     summary = prepare(dataset, plan, store, workers=1)
     after = {path.name: path.stat().st_ino for path in (store / "cases").iterdir()}
     names = sorted(name for name in after if after[name] != before.get(name))
@@ -125,6 +126,20 @@ def test_a_changed_file_redoes_its_case(dataset: Dataset, tmp_path: Path) -> Non
     fresh = tmp_path / "fresh"
     prepare(dataset, PLAN, fresh, workers=1)
     assert digests(fresh) == digests(tmp_path / "store")
+
+
+@pytest.mark.parametrize("named", [".hdr", ".img"])
+def test_a_change_in_either_file_of_a_pair_redoes_its_case(tmp_path: Path, named: str) -> None:
+    dataset = make_dataset(tmp_path / "data", 1)
+    (case,) = dataset.cases
+    image = nibabel.load(case.images[0])
+    array = np.asarray(image.dataobj).copy()
+    nibabel.save(nibabel.Nifti1Pair(array, image.affine), tmp_path / "data/pair.hdr")
+    dataset = replace(dataset, cases=(replace(case, images=(tmp_path / f"data/pair{named}",)),))
+    assert redone(tmp_path / "store", dataset) == ["ct_0"] and redone(tmp_path / "store", dataset) == []
+    array[9, 9, 9] += 1
+    nibabel.save(nibabel.Nifti1Pair(array, image.affine), tmp_path / "data/pair.hdr")
+    assert redone(tmp_path / "store", dataset) == ["ct_0"] and redone(tmp_path / "store", dataset) == []
 
 
 def test_another_plan_redoes_every_case(dataset: Dataset, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from unetrkit.data.volume import read_header, read_image, read_label, write_label
+from unetrkit.data.volume import files_of, read_header, read_image, read_label, write_label
 from unetrkit.errors import MissingExtra, UserError
 
 AFFINE = np.eye(4)
@@ -416,6 +416,7 @@ def test_itk_formats_are_read_in_ras_and_damage_is_found(
     volume = read_image([path])
     np.testing.assert_array_equal(volume.array[0], array)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-9)
+    assert sorted(files_of(path)) == sorted(tmp_path.iterdir())
     data = next((file for file in tmp_path.iterdir() if file.name.endswith(("raw", "raw.gz"))), path)
     content = data.read_bytes()
     for part in (0.5, 0.9, 0.999):

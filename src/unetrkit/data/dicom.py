@@ -67,7 +67,7 @@ def open_series(folder: Path) -> Source:
             out[...] = _pixels(one)
         return values
 
-    return Source(header, stored)
+    return Source(header, stored, tuple(one.path for one in slices))
 
 
 def _slices(folder: Path) -> list[_Slice]:

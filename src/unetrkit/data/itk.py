@@ -70,7 +70,7 @@ def open_itk(path: Path) -> Source:
             raise refused(path, f"cannot be read: {_reason(error)}") from error
         return np.ascontiguousarray(np.moveaxis(array, -1, 0)) if array.ndim == 4 else array[None]  # c z y x
 
-    return Source(header, stored)
+    return Source(header, stored, tuple(dict.fromkeys((path, data))))
 
 
 def _nrrd(path: Path, start: bytes) -> tuple[Data, list[str]]:

@@ -61,7 +61,8 @@ def open_nifti(path: Path) -> Source:
     dims = header["dim"][1 : 1 + dimensions].tolist()
     checked = checked_header(path, dims, header.get_data_dtype(), *_affine(path, header))
     scale = (1.0, 0.0) if slope is None else (slope, intercept)
-    return _source(_sibling(path, ".img") if pair else path, checked, int(offset), *scale)
+    files = (_sibling(path, ".hdr"), _sibling(path, ".img")) if pair else (path,)
+    return _source(files, checked, int(offset), *scale)
 
 
 def open_mgh(path: Path) -> Source:
@@ -78,7 +79,7 @@ def open_mgh(path: Path) -> Source:
             dtype, affine = header.get_data_dtype(), header.get_affine()
     except (HeaderDataError, KeyError, ValueError) as error:
         raise refused(path, f"has a damaged header: {error}") from error
-    return _source(path, checked_header(path, header["dims"].tolist(), dtype, affine, notes), 284)
+    return _source((path,), checked_header(path, header["dims"].tolist(), dtype, affine, notes), 284)
 
 
 def template(path: Path) -> AnyHeader:
@@ -131,14 +132,17 @@ def _wbits(path: Path) -> int:
     return GZIP if path.name.lower().endswith((".gz", ".mgz")) else 0
 
 
-def _source(path: Path, header: Header, offset: int, slope: float = 1.0, intercept: float = 0.0) -> Source:
+def _source(
+    files: tuple[Path, ...], header: Header, offset: int, slope: float = 1.0, intercept: float = 0.0
+) -> Source:
+    path = files[-1]
     require_length(path, header, offset, _wbits(path))
 
     def stored() -> np.ndarray:
         content = read_bytes(path, _wbits(path), offset, header.count * header.dtype.itemsize)
         return content.view(header.dtype).reshape(header.channels, *header.shape[::-1])  # c z y x
 
-    return Source(header, stored, slope, intercept)
+    return Source(header, stored, files, slope, intercept)
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -30,7 +30,7 @@ from unetrkit.data.store import (
     write_case,
     write_index,
 )  # fmt: skip
-from unetrkit.data.volume import Volume, read_image, read_label
+from unetrkit.data.volume import Volume, files_of, read_image, read_label
 from unetrkit.errors import UserError
 from unetrkit.progress import Progress
 
@@ -121,7 +121,7 @@ def read_pair(case: Case) -> tuple[Volume, np.ndarray]:
 
 def source_hash(case: Case, preprocessing: str) -> str:
     """The hash of everything that a stored case is computed from."""
-    files = [sha256_file(path) for path in case.files]
+    files = [sha256_file(file) for path in case.files for file in files_of(path)]
     return hashlib.sha256(json.dumps([preprocessing, *files]).encode()).hexdigest()
 
 

@@ -48,11 +48,12 @@ class Header:
 class Source:
     """A file whose header has been checked, and `stored()`, which reads its voxels (c, z, y, x).
 
-    A voxel's value is slope * stored + intercept.
+    A voxel's value is slope * stored + intercept. `files` are all that it is read from.
     """
 
     header: Header
     stored: Callable[[], np.ndarray]
+    files: tuple[Path, ...]
     slope: float = 1.0
     intercept: float = 0.0
 

@@ -18,7 +18,7 @@ from unetrkit.data.files import atomic_write
 from unetrkit.data.geometry import same_grid
 from unetrkit.data.source import FORMATS, Header, Source, file_size, refused
 
-__all__ = ["Header", "Volume", "read_header", "read_image", "read_label", "write_label"]
+__all__ = ["Header", "Volume", "files_of", "read_header", "read_image", "read_label", "write_label"]
 
 NO_LABEL = "is it the image and not the label?"
 
@@ -40,6 +40,14 @@ def read_header(path: Path) -> Header:
     Raises UserError for a file that is missing, no image, 2D, RGB, complex, too large or without a geometry.
     """
     return open_source(path).header
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Every file that an image or label is read from: header and voxels of a pair, the slices of a series.
+
+    Raises UserError for everything that `read_header` refuses.
+    """
+    return open_source(path).files
 
 
 def read_image(paths: Sequence[Path]) -> Volume:
