@@ -282,6 +282,37 @@ def test_one_bad_case_is_named_and_the_others_are_kept(dataset: Dataset, tmp_pat
     assert redone(store, dataset) == ["ct_4", "ct_5"]
 
 
+def test_a_store_of_cases_old_and_new_does_not_open(dataset: Dataset, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    prepare(dataset, PLAN, store, workers=1)
+    before = Store.open(store)
+    assert len({case.source for case in before.cases}) == 6
+    shutil.copy(dataset.cases[0].images[0], dataset.cases[1].images[0])
+    shutil.copy(dataset.cases[0].label, dataset.cases[1].label)
+    good = dataset.cases[4].label.read_bytes()
+    dataset.cases[4].label.write_bytes(b"")
+    with pytest.raises(UserError, match="ct_4"):
+        prepare(dataset, PLAN, store, workers=1)
+    with pytest.raises(UserError, match=r"case `ct_1`.*not the one"):
+        Store.open(store)
+    dataset.cases[4].label.write_bytes(good)
+    assert redone(store, dataset) == []
+    assert [a.source == b.source for a, b in zip(Store.open(store).cases, before.cases, strict=True)] == [
+        True, False, True, True, True, True
+    ]  # fmt: skip
+
+
+def test_exchanged_folders_of_cases_are_noticed(dataset: Dataset, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    prepare(dataset, PLAN, store, workers=1)
+    for old, new in (("ct_0", "x"), ("ct_1", "ct_0"), ("x", "ct_1")):
+        (store / "cases" / old).rename(store / "cases" / new)
+    with pytest.raises(UserError, match=r"case `ct_0`.*not the one"):
+        Store.open(store)
+    assert redone(store, dataset) == ["ct_0", "ct_1"]
+    Store.open(store)
+
+
 def test_a_label_on_another_grid_or_with_unknown_ids_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     label = nibabel.load(dataset.cases[1].label)
     array, affine = np.asarray(label.dataobj), label.affine.copy()

@@ -191,7 +191,7 @@ def test_a_missing_or_unfinished_store_is_said(store: Path, tmp_path: Path) -> N
 def test_a_store_of_an_older_format_is_refused(store: Path, file: str) -> None:
     content = unseal(store / file)
     (store / file).write_bytes(seal(content | {"format": 1}))
-    with pytest.raises(UserError, match=f"{file}` has the store format 1, this version reads 2") as caught:
+    with pytest.raises(UserError, match=f"{file}` has the store format 1, this version reads 3") as caught:
         Store.open(store)
     assert "`unetrkit prepare` again" in caught.value.hint
 

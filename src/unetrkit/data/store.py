@@ -26,7 +26,7 @@ from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Plan, plan_hash, read_plan
 from unetrkit.errors import UserError
 
-FORMAT = 2  # another number and every case is prepared again
+FORMAT = 3  # another number and every case is prepared again
 CENTRES = 20_000  # voxels kept for each class of a case
 ARRAYS = ("image", "label", "centres")
 
@@ -65,7 +65,10 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class StoredCase:
-    """One case. `images` and `label_file` are the files that it was made from, `path` is its folder."""
+    """One case. `images` and `label_file` are the files that it was made from, `path` is its folder.
+
+    source: the hash of the content of those files and of what was done with it.
+    """
 
     name: str
     subject: str
@@ -73,6 +76,7 @@ class StoredCase:
     fold: int | None
     images: tuple[Path, ...]
     label_file: Path | None
+    source: str
     path: Path
     record: CaseRecord
 
@@ -154,6 +158,9 @@ class Store:
         for case in cases:
             if case.record.preprocessing != preprocessing:
                 raise UserError(f"case `{case.name}` in `{path}` was prepared with another plan", hint=AGAIN)
+            if case.record.source != case.source:
+                message = f"case `{case.name}` in `{path}` is not the one that `store.json` lists"
+                raise Damaged(f"{message}: the last `prepare` has not finished, or its folder was exchanged")
         return Store(path, index["name"], plan, plan_hash(plan), cases)
 
 
@@ -261,6 +268,7 @@ def write_index(path: Path, name: str, cases: Sequence[Any]) -> None:
     entries = []
     for case in cases:
         about = {key: getattr(case, key) for key in ("name", "subject", "split", "fold")}
+        about["source"] = CaseRecord.read(case_folder(path, case.name)).source
         label = None if case.label is None else str(case.label)
         entries.append(about | {"images": [str(image) for image in case.images], "label_file": label})
     content = {"format": FORMAT, "name": name, "plan": sha256_file(path / "plan.json"), "cases": entries}
