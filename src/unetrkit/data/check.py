@@ -51,10 +51,10 @@ class Report:
 def check(dataset: Dataset, *, workers: int | None = None, progress: Progress | None = None) -> Report:
     """Reads every case once and says what is wrong or odd.
 
-    Errors: what cannot be read; a label off its image's grid; undeclared label values; a constant channel;
-    a wrong number of channels; the same voxels or subject in two splits or declared folds. Warnings: empty
-    labels, odd headers, outlying sizes, spacings and intensities, the same voxels twice in one split, classes
-    that nobody has drawn, files outside of the data set's folder.
+    Errors: nothing to train or to validate on; what cannot be read; a label off its image's grid; undeclared
+    label values; a constant channel; a wrong number of channels; the same voxels or subject in two splits or
+    declared folds. Warnings: empty labels, odd headers, outlying sizes, spacings and intensities, the same
+    voxels twice in one split, classes that nobody has drawn, files outside of the data set's folder.
 
     workers: processes, each with one case in memory; None means one for each core. Raises UserError where a
     process is killed, as for want of memory.
@@ -73,6 +73,23 @@ def _outside(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
             if outside(path, dataset.root):
                 message = f"`{path}` is not in the folder of the data set, `{dataset.root}`"
                 yield Finding(case.name, "warning", "outside", message, "the list works on this machine only")
+
+
+def _split(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    labelled = [case for case in dataset.cases if case.label and case.split != "test"]
+    training = [case for case in labelled if case.split == "training"]
+    folds = any(case.fold is not None for case in training)
+    parts = {case.fold if folds else case.subject for case in training}
+    message, hint = "", "add labelled cases to `training`; scans to predict need no check"
+    if not labelled:
+        message = "no case has a label: there is nothing to train on"
+    elif not training:
+        message = "all labelled cases are for validation: none is left to train on"
+    elif training == labelled and len(parts) < 2:
+        part, hint = ("fold" if folds else "subject"), "add labelled cases of other subjects"
+        message = f"all labelled cases are of one {part}: none is left to validate on"
+    if message:
+        yield Finding("", "error", "split", message, hint)
 
 
 def _channels(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
@@ -187,7 +204,7 @@ def _unused_classes(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Fi
 
 
 RULES = (
-    _outside, _channels, _values, _duplicates, _subjects, _sizes, _ct_units, _ranges, _unused_classes
+    _outside, _split, _channels, _values, _duplicates, _subjects, _sizes, _ct_units, _ranges, _unused_classes
 )  # fmt: skip
 
 
