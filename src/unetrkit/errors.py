@@ -57,6 +57,15 @@ def _rebuilt(kind: type[UserError], message: str, hint: str) -> UserError:
     return error
 
 
+def many(count: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> many(1, "case"), many(2, "case")
+    ('1 case', '2 cases')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that leads from a wrong name to a right one.
 

@@ -362,7 +362,7 @@ def test_the_printed_report_is_short_and_keeps_brackets_in_names(dataset):
     assert "spleen [left]" in text
     assert "4 training, 1 validation, 1 test; 5 with a label; 6 subjects; LPS; int16" in text
     assert text.count("error (values)") == 3
-    assert "and 2 cases more: c3, c4" in text
+    assert "and 2 more: c3, c4" in text
     assert "hint: declared are 0-2; add to `labels`, or correct the file" in text
     assert text.rstrip().endswith("6 cases read: 5 errors, 1 warning")
     assert len(text.splitlines()) < 30

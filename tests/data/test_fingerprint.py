@@ -158,7 +158,7 @@ def test_data_that_no_plan_follows_from_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no voxel of `d` is labelled"):
         make_plan(Dataset("d", tmp_path, (case,), {}, ("CT",)))
     case = write(tmp_path, "one", HU[0], np.ones(HU[0].shape, np.uint8))
-    with pytest.raises(UserError, match=r"one.*` has 1 channels, 2 are declared"):
+    with pytest.raises(UserError, match=r"one.*` has 1 channel, declared are 2"):
         make_plan(Dataset("d", tmp_path, (case,), {}, ("CT", "PET")))
 
 

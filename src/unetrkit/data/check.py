@@ -13,6 +13,7 @@ from unetrkit.data.datalist import Case, Dataset, outside
 from unetrkit.data.declared import is_ct
 from unetrkit.data.inspection import CaseFacts, ChannelFacts, Finding, inspect_case
 from unetrkit.data.processes import map_cases
+from unetrkit.errors import many
 from unetrkit.progress import Progress
 
 SMALLEST = 8  # voxels along an axis
@@ -69,10 +70,10 @@ def check(dataset: Dataset, *, workers: int | None = None, progress: Progress | 
 
 def _outside(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     for case in dataset.cases:
-        for path in case.files:
-            if outside(path, dataset.root):
-                message = f"`{path}` is not in the folder of the data set, `{dataset.root}`"
-                yield Finding(case.name, "warning", "outside", message, "the list works on this machine only")
+        if paths := [path for path in case.files if outside(path, dataset.root)]:
+            more = f" (nor {many(len(paths) - 1, 'other file')} of the case)" if len(paths) > 1 else ""
+            message = f"`{paths[0]}` is not in the folder of the data set, `{dataset.root}`{more}"
+            yield Finding(case.name, "warning", "outside", message, "the list works on this machine only")
 
 
 def _split(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
@@ -98,7 +99,7 @@ def _channels(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]
     for of_case in facts:
         if of_case.channels and len(of_case.channels) != expected:
             name = of_case.case.name
-            message = f"case `{name}` has {len(of_case.channels)} channels, not {expected}"
+            message = f"case `{name}` has {many(len(of_case.channels), 'channel')}, not {expected}"
             yield Finding(name, "error", "channels", message, hint)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from unetrkit.data.check import Report, by
 from unetrkit.data.inspection import Finding
+from unetrkit.errors import many
 
 FINDINGS = 3  # of one kind that are shown; the others are counted
 NAMES = 8  # of the cases of the others
@@ -32,9 +33,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         for _, group in groupby(sorted(findings, key=_kind), key=_kind):
             text = _group(list(group), colour).replace(escape(f"`{report.dataset.root}/"), "`")
             console.print(text, highlight=False, soft_wrap=True)
-    found = f"{_many(len(report.errors), 'error')}, {_many(len(report.warnings), 'warning')}"
+    found = f"{many(len(report.errors), 'error')}, {many(len(report.warnings), 'warning')}"
     colour = "red" if report.errors else "green"
-    text = f"[bold {colour}]{_many(len(report.cases), 'case')} read: {found}[/]"
+    text = f"[bold {colour}]{many(len(report.cases), 'case')} read: {found}[/]"
     console.print(text, highlight=False)
 
 
@@ -44,7 +45,7 @@ def _summary(report: Report) -> str:
     parts = [
         ", ".join(f"{n} {split}" for split, n in splits.items()),
         f"{sum(case.label is not None for case in cases)} with a label",
-        _many(len({case.subject for case in cases}), "subject"),
+        many(len({case.subject for case in cases}), "subject"),
     ]
     folds = Counter(case.fold for case in cases if case.fold is not None)
     if folds:
@@ -99,10 +100,10 @@ def _group(findings: Sequence[Finding], colour: str) -> str:
         f"[{colour}]{finding.severity}[/{colour}] ({finding.code}): {escape(finding.message)}"
         for finding in findings[:FINDINGS]
     ]
-    names = [finding.case for finding in findings[FINDINGS:]]
+    names = list(dict.fromkeys(finding.case for finding in findings[FINDINGS:]))
     if names:
         some = ", ".join(names[:NAMES]) + (", …" if len(names) > NAMES else "")
-        lines.append(f"  and {_many(len(names), 'case')} more: {escape(some)}")
+        lines.append(f"  and {len(findings) - FINDINGS} more: {escape(some)}")
     if findings[0].hint:
         lines.append(f"  hint: {escape(findings[0].hint)}")
     return "\n".join(lines) + "\n"
@@ -117,7 +118,3 @@ def _table(*headings: str) -> Table:
     for k, heading in enumerate(headings):
         table.add_column(heading, justify="right" if k else "left")
     return table
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -17,7 +17,7 @@ from pathlib import Path
 from unetrkit.data.declared import Entry, Listing
 from unetrkit.data.folds import Split, assign_folds, split_cases
 from unetrkit.data.layouts import read_layout, stem
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 
 __all__ = ["Case", "Dataset", "assign_folds", "outside", "read_dataset", "split_cases"]
 
@@ -118,7 +118,7 @@ def _require_files(listing: Listing, allow_outside: bool) -> None:
         if not exists:
             missing.append(f"{entry.where}: there is no file `{path}`")
     if missing:
-        others = f" (nor {len(missing) - 1} others of this list)" if len(missing) > 1 else ""
+        others = f" (nor {many(len(missing) - 1, 'other')} of this list)" if len(missing) > 1 else ""
         raise UserError(missing[0] + others, hint=f"paths start at `{listing.root}`")
 
 
@@ -127,7 +127,7 @@ def _require_labels(listing: Listing) -> None:
     without = [entry for entry in needed if entry.label is None]
     if without and len(without) < len(needed):
         raise UserError(
-            f"{without[0].where} has no label, nor have {len(without) - 1} others of {len(needed)} cases",
+            f"{without[0].where} has no label ({many(len(without), 'such case')} of {len(needed)})",
             hint="give the label, move the case to `test`, or list what has no label in a file of its own",
         )
 
@@ -155,13 +155,13 @@ def _channels(listing: Listing) -> tuple[str, ...]:
     for entry in listing.entries:
         if len(entry.images) != count:
             raise UserError(
-                f"{entry.where} has {len(entry.images)} images, but {first.where} has {count}",
+                f"{entry.where} has {many(len(entry.images), 'image')}, but {first.where} has {count}",
                 hint="give every case one file, or one file per channel",
             )
     # one 4D file may hold all the declared channels
     if declared and count not in (1, len(declared)):
         raise UserError(
-            f"{first.where} has {count} images, but {len(declared)} channels are declared",
+            f"{first.where} has {count} images, but {len(declared)} in `channel_names`",
             hint="declare as many channels as there are files for each case",
         )
     return declared or (("image",) if count == 1 else tuple(f"image_{k}" for k in range(count)))

@@ -20,7 +20,7 @@ from unetrkit.data.plan import Intensity, LabelClass, Plan
 from unetrkit.data.prepare import read_pair
 from unetrkit.data.preprocess import foreground_box
 from unetrkit.data.processes import map_cases
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 from unetrkit.progress import Progress
 
 Extent = tuple[float, float, float]  # mm
@@ -61,7 +61,7 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
     for case, one in zip(cases, prints, strict=True):
         if len(one.samples) != len(channels):
             raise UserError(
-                f"`{case.images[0]}` has {len(one.samples)} channels, {len(channels)} are declared",
+                f"`{case.images[0]}` has {many(len(one.samples), 'channel')}, declared are {len(channels)}",
                 hint="name every channel in `channel_names`, and give every case all of them",
             )
     counts = sum((Counter(one.counts) for one in prints), Counter())

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 
 Split = Literal["training", "validation", "test"]
 
@@ -88,9 +88,9 @@ def _cross_validate(
     training = [case for case, k in zip(cases, fold_of, strict=True) if k != fold]
     validation = [case for case, k in zip(cases, fold_of, strict=True) if k == fold]
     if not training or not validation:
-        subjects = len({case.subject for case in cases})
+        subjects, left = len({case.subject for case in cases}), many(len(training), "case")
         raise UserError(
-            f"fold {fold} leaves {len(training)} cases for training and {len(validation)} for validation",
-            hint=f"the data set has {subjects} subjects for training; use fewer folds, or add cases",
+            f"fold {fold} leaves {left} for training and {len(validation)} for validation",
+            hint=f"the data set has {many(subjects, 'subject')} for training; use fewer folds, or add cases",
         )
     return training, validation

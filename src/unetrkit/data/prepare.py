@@ -31,7 +31,7 @@ from unetrkit.data.store import (
     write_index,
 )  # fmt: skip
 from unetrkit.data.volume import Volume, files_of, read_image, read_label
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 from unetrkit.progress import Progress
 
 LOCK = ".prepare.lock"
@@ -54,7 +54,7 @@ class Summary:
         kept = f", {self.cases - self.redone} unchanged" if self.cases > self.redone else ""
         removed = f", {self.removed} removed" if self.removed else ""
         return (
-            f"{self.cases} cases in `{self.path}`, {self.size / 2**20:.1f} MB: "
+            f"{many(self.cases, 'case')} in `{self.path}`, {self.size / 2**20:.1f} MB: "
             f"{self.redone} prepared{kept}{removed} in {self.seconds:.0f} s"
         )
 
