@@ -43,6 +43,20 @@ def test_a_plan_is_read_back_as_written(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.json") == plan()
 
 
+def test_a_plan_has_short_lists_on_one_line_whatever_the_names_hold(tmp_path: Path) -> None:
+    names = ['a [\n "b",', "x\\", '"]}', *(f"class {k}" for k in range(100)), "]", "{é"]
+    named = plan(
+        channels=names, intensity=VALUES["intensity"] * len(names), statistics={"odd": [names, [[]]]}
+    )
+    for one in (named, plan()):
+        write_plan(tmp_path / "plan.json", one)
+        assert read_plan(tmp_path / "plan.json") == one
+    text = (tmp_path / "plan.json").read_text()
+    assert '\n "spacing": [0.8, 0.8, 3.0],\n' in text
+    assert '\n  {"id": 2, "name": "kidney_left"},\n' in text
+    assert text.count("\n") == 20
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,10 @@ from unetrkit.errors import UserError, nearest
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Extent = Annotated[int, Field(ge=16, le=512, multiple_of=16)]
+
+LINE = 90  # characters of a list or an object that is written on one line
+# one without another in it; a line break within a text is written as \n, so each of these parts two values
+INNERMOST = re.compile(r"([\[{])\n +([^\n\[\]{}]++(?:\n ++[^\n\[\]{}]++)*)\n *([\]}])")
 
 
 class LabelClass(Settings):
@@ -121,8 +126,14 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 
 def plan_bytes(plan: Plan) -> bytes:
-    """The bytes of a plan's file."""
-    return (json.dumps(plan.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+    """The bytes of a plan's file: one name a line, and short lists on the line of their name."""
+    text = json.dumps(plan.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    return (INNERMOST.sub(_one_line, text) + "\n").encode()
+
+
+def _one_line(found: re.Match[str]) -> str:
+    line = re.sub(r",\n +", ", ", found[2])
+    return f"{found[1]}{line}{found[3]}" if len(line) <= LINE else found[0]
 
 
 def plan_hash(plan: Plan, without: Iterable[str] = ("dataset", "statistics")) -> str:
