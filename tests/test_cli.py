@@ -275,6 +275,10 @@ CASES = {
         ("train", _write(w / "r.yaml", "a: [1"), f"data={w / 'store'}"),
         "r.yaml",
     ),
+    "recipe that is a pipe": lambda w: (
+        os.mkfifo(w / "pipe.yaml") or ("train", w / "pipe.yaml", f"data={w / 'store'}"),
+        "pipe.yaml",
+    ),
     "recipe with a YAML tag": lambda w: (
         (
             "train",

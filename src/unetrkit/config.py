@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unetrkit.errors import UserError, nearest
+from unetrkit.errors import UserError, nearest, refuse_pipe
 from unetrkit.plain_yaml import dump_yaml, parse_value, parse_yaml
 
 LARGEST_RECIPE = 64 * 2**10  # bytes
@@ -58,6 +58,7 @@ def read_recipe(recipe: str | Path) -> dict[str, object]:
         raise UserError(f"there is no recipe `{recipe}`", hint=nearest(str(recipe), packaged))
     hint = "give a YAML file of settings, or the name of a recipe: `unetrkit info recipes`"
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             content = file.read(LARGEST_RECIPE + 1)
         text = content.decode("utf-8-sig")

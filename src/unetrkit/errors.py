@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -49,6 +50,12 @@ class MissingExtra(UserError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs the `{extra}` extra", hint=f"pip install 'unetrkit[{extra}]'")
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raises UserError for a pipe or a device: reading it may wait for ever, or never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"`{path}` is a pipe or a device, not a file", hint="write it to a file first")
 
 
 def _rebuilt(kind: type[UserError], message: str, hint: str) -> UserError:

@@ -436,3 +436,16 @@ def test_real_lists_are_read(shared_data, path, cases, labels):
     dataset = read_dataset(shared_data / path)
     assert (len(dataset.cases), len(dataset.labels)) == (cases, labels)
     assert len({name.casefold() for name in names(dataset)}) == cases
+
+
+@pytest.mark.parametrize("name", ["list.json", "list.csv"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe"):
+        read_dataset(tmp_path / name)
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"a\xff.nii.gz")).touch()
+    with pytest.raises(UserError, match=r"a\\udcff.nii.gz' cannot be the name of a file: it is not UTF-8"):
+        read_dataset(tmp_path)

@@ -101,13 +101,17 @@ def _require_files(listing: Listing, allow_outside: bool) -> None:
     missing = []
     for entry, path in [(one, path) for one in listing.entries for path in one.files]:
         try:
+            str(path).encode()
             leaves, exists = outside(path, listing.root), path.exists()
-        # too long; a NUL, half a surrogate pair; before Python 3.13 a loop of links
+        # bytes that are not UTF-8; too long; a NUL; before Python 3.13 a loop of links
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)[:100]
+            name = path.name[:60]
+            if isinstance(error, UnicodeError):
+                name, reason = str(path), "it is not UTF-8"
             raise UserError(
-                f"{entry.where}: {path.name[:60]!r} cannot be the name of a file: {reason}",
-                hint="correct the path in the list",
+                f"{entry.where}: {name!r} cannot be the name of a file: {reason}",
+                hint="rename the file, or correct the path in the list",
             ) from error
         if leaves and not allow_outside:
             written = os.path.relpath(path, listing.root)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, refuse_pipe
 
 LARGEST_JSON = 256 * 2**20  # bytes; a data list of 100,000 cases is about 30 MB
 
@@ -90,10 +90,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_start(path: Path, size: int) -> bytes:
+    """At most `size` bytes of a file. Raises UserError where it cannot be read, or is a pipe or a device."""
+    with read_problems(path):
+        refuse_pipe(path)
+        with open(path, "rb") as file:
+            return file.read(size)
+
+
 def read_json(path: Path) -> object:
     """What a JSON file holds. Raises UserError where it is missing, not JSON, not UTF-8, or far too large."""
-    with read_problems(path), open(path, "rb") as file:
-        content = file.read(LARGEST_JSON + 1)
+    content = read_start(path, LARGEST_JSON + 1)
     try:
         if len(content) > LARGEST_JSON:
             raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MB")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from unetrkit.data.declared import SPLITS, Entry, declared_entry
-from unetrkit.data.files import LARGEST_JSON, read_problems
+from unetrkit.data.files import LARGEST_JSON, read_start
 from unetrkit.errors import UserError
 
 HINT = "give a table in UTF-8 with a header such as image,label,subject,split,fold"
@@ -16,8 +16,7 @@ HINT = "give a table in UTF-8 with a header such as image,label,subject,split,fo
 
 def read_table(path: Path) -> list[Entry]:
     """The cases of a table with a header; several images are several columns, or parted by `;`."""
-    with read_problems(path), open(path, "rb") as file:
-        content = file.read(LARGEST_JSON + 1)
+    content = read_start(path, LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
         raise UserError(
             f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: not a table of cases", hint=HINT
