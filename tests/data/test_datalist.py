@@ -449,3 +449,16 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / os.fsdecode(b"a\xff.nii.gz")).touch()
     with pytest.raises(UserError, match=r"a\\udcff.nii.gz' cannot be the name of a file: it is not UTF-8"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_dataset_json_beside_a_table_or_in_a_folder_of_pairs_names_classes_and_channels(tmp_path, table):
+    for name in ("images/a.nii", "labels/a.nii"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text("image,label\nimages/a.nii,labels/a.nii\n")
+    about = {"name": "livers", "labels": {"1": "liver"}, "channel_names": {"0": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    dataset = read_dataset(tmp_path / "list.csv" if table else tmp_path)
+    assert (dataset.labels, dataset.channels) == ({0: "background", 1: "liver"}, ("CT",))
+    assert dataset.cases[0].label == tmp_path / "labels/a.nii"

@@ -51,7 +51,8 @@ def read_layout(path: Path, channels: int | None = None) -> Listing:
     root = path.resolve() if is_folder else path.parent.resolve()
     source = root / ("dataset.json" if is_folder else path.name)
     if source.suffix.lower() in (".csv", ".tsv"):
-        declared, entries = {}, read_table(source)
+        entries, source = read_table(source), root / "dataset.json"
+        declared = _read_object(source) if source.is_file() else {}
     else:
         declared = _read_object(source) if source.is_file() or not is_folder else {}
         entries = _read_entries(root, source, declared, is_folder, channels)
