@@ -183,6 +183,22 @@ def test_every_changed_byte_of_the_weights_is_noticed(tmp_path, plan):
             load_model(tmp_path / "model")
 
 
+def test_every_changed_byte_of_the_description_is_noticed(tmp_path, plan):
+    save_tiny(tmp_path / "model", plan)
+    path = tmp_path / "model" / "model.json"
+    content = path.read_bytes()
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(UserError):
+            load_model(tmp_path / "model")
+    path.write_bytes(content.replace(b'"lower":0.0', b'"lower":1.0').replace(b'"lower": 0.0', b'"lower": 1.0'))
+    with pytest.raises(UserError, match=r"model.json` was changed: its seal is broken"):
+        load_model(tmp_path / "model")
+    change(tmp_path / "model", seal="")
+    with pytest.raises(UserError, match="seal is broken"):
+        load_model(tmp_path / "model")
+
+
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no model"):
         load_model(tmp_path / "nothing")

@@ -5,6 +5,7 @@ Together they are enough to predict; nothing in them is ever executed or unpickl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -51,6 +52,7 @@ class Description(Settings):
     plan: Plan
     origin: dict[str, Any] = Field(default_factory=dict)
     sha256: str  # of weights.safetensors
+    seal: str = ""  # the SHA-256 of `model.json` with this left empty
 
 
 def save_model(
@@ -89,7 +91,9 @@ def save_model(
             origin=dict(origin),
             sha256=sha256_file(temporary / FILES[1]),
         )
-        atomic_write(temporary / FILES[0], (description.model_dump_json(indent=1) + "\n").encode())
+        content = _bytes(description)
+        sealed = description.model_copy(update={"seal": hashlib.sha256(content).hexdigest()})
+        atomic_write(temporary / FILES[0], _bytes(sealed))
         with write_problems(folder):
             _put_in_place(temporary, folder)
     finally:
@@ -99,8 +103,8 @@ def save_model(
 def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     """The model of a model folder, or of a run folder that holds `model`, on `device`.
 
-    Raises UserError for anything else: a pickle or checkpoint, foreign JSON, weights that are missing,
-    changed, or not those of the network that `model.json` describes.
+    Raises UserError for anything else: a pickle or checkpoint, foreign JSON, a description that was changed,
+    weights that are missing, changed, or not those of the network that `model.json` describes.
     """
     from unetrkit.networks import build
 
@@ -118,8 +122,16 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     except SafetensorError as error:
         raise UserError(f"`{weights}` is not a safetensors file: {error}", hint=COPY) from error
     _compare(network.state_dict(), tensors, weights)
+    # last: what is wrong with it, where it shows, says more than that something was changed
+    content, seal = (folder / FILES[0]).read_bytes(), description.seal.encode()
+    if hashlib.sha256(content.replace(seal, b"", 1)).hexdigest().encode() != seal:
+        raise UserError(f"`{folder / FILES[0]}` was changed: its seal is broken", hint=COPY)
     network.load_state_dict(tensors)
     return Model(network.to(device).eval(), description.plan, description.model_dump(mode="json"))
+
+
+def _bytes(description: Description) -> bytes:
+    return (description.model_dump_json(indent=1) + "\n").encode()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
