@@ -235,6 +235,25 @@ def test_earlier_labels_are_replaced_only_when_asked(tmp_path, save, blocks):
     assert np.array_equal(voxels(tmp_path / "out" / "a.nii.gz"), truth(blocks))
 
 
+def test_ground_truth_is_never_replaced(tmp_path, save, blocks):
+    write(tmp_path / "imagesTr" / "a.nii.gz", blocks)
+    label = write(tmp_path / "labelsTr" / "a.nii.gz", blocks)
+    before = label.read_bytes()
+    with pytest.raises(UserError, match=r"a.nii.gz` would be replaced, but no prediction"):
+        predict(tmp_path / "imagesTr", label.parent, [save(tmp_path / "model")], CPU, overwrite=True)
+    assert [path.read_bytes() for path in label.parent.iterdir()] == [before]
+
+
+def test_a_failed_case_leaves_no_label_of_an_earlier_model(tmp_path, save, blocks):
+    scan, model, out = write(tmp_path / "scans" / "a.nii.gz", blocks), save(tmp_path / "model"), tmp_path / "out"
+    predict(scan, out, [model], CPU)
+    scan.write_bytes(scan.read_bytes()[:-100])
+    with pytest.raises(UserError):
+        predict(scan, out, [model], CPU, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["predictions.json"]
+    assert json.loads((out / "predictions.json").read_text())["cases"] == {}
+
+
 def test_wrong_numbers_of_channels_are_named(tmp_path, save, blocks, new_plan):
     scan = write(tmp_path / "scans" / "a.nii.gz", blocks)
     model = save(tmp_path / "model", new_plan(channels=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from unetrkit.data.datalist import Case, read_dataset, split_cases
@@ -75,14 +75,27 @@ def _shared(model: Model) -> list[str]:
     return [json.dumps(value) for value in (*(plan[name] for name in SAME), model.description["image_size"])]
 
 
-def require_free(out: Path, cases: Sequence[Case], overwrite: bool) -> None:
-    """Raises UserError where label maps in `out` could replace scans, labels or earlier label maps."""
+def require_free(out: Path, cases: Sequence[Case], overwrite: bool, recorded: Collection[str]) -> None:
+    """Raises UserError where label maps in `out` could replace scans, labels or earlier label maps.
+
+    Only those of `recorded` cases are label maps that a prediction wrote, which `overwrite` may replace.
+    """
     files = [file for case in cases for file in (*case.images, case.label) if file]
     if out.resolve() in {folder for file in files for folder in (file.resolve(), file.resolve().parent)}:
         raise UserError(
             f"`{out}` holds the scans themselves", hint="choose another folder for the label maps"
         )
-    there = [path for case in cases if (path := out / f"{case.name}.nii.gz").exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} others exist" if len(there) > 1 else " exists"
-        raise UserError(f"`{there[0]}`{more} already", hint="another folder, or --overwrite to replace them")
+    there = {case.name: path for case in cases if (path := out / f"{case.name}.nii.gz").exists()}
+    foreign = [path for name, path in there.items() if name not in recorded]
+    found = foreign or list(there.values())
+    if foreign or (found and not overwrite):
+        others = f" and {len(found) - 1} others" if len(found) > 1 else ""
+        if foreign:
+            raise UserError(
+                f"`{found[0]}`{others} would be replaced, but no prediction recorded there wrote it",
+                hint="choose another folder; --overwrite replaces what `predictions.json` lists",
+            )
+        raise UserError(
+            f"`{found[0]}`{others} exist{'' if others else 's'} already",
+            hint="another folder, or --overwrite to replace them",
+        )

@@ -101,7 +101,8 @@ def predict(
     The next case is read and prepared while the network works on this one. Returns the files written.
 
     Raises UserError before any work for models that differ in more than their weights, for outputs that exist
-    (unless `overwrite`), and for an `out` that holds inputs. A case that cannot be used does not stop the
+    (unless `overwrite`, which only replaces what OUT/predictions.json lists), and for an `out` that holds inputs.
+    A case that cannot be used does not stop the
     others: a UserError after the last one names it.
     """
     device = _device(settings.device)
@@ -109,10 +110,10 @@ def predict(
     require_one_plan(loaded, models)
     plan = loaded[0].plan
     cases = choose_cases(inputs, split, loaded, allow_outside)
-    require_free(out, cases, overwrite)
+    record = _read_record(out / RECORD)
+    require_free(out, cases, overwrite, record)
     with write_problems(out):
         out.mkdir(parents=True, exist_ok=True)
-    record = _read_record(out / RECORD)
     weights = [
         {"path": str(path.absolute()), "sha256": model.description["sha256"]}
         for path, model in zip(models, loaded, strict=True)
@@ -134,6 +135,9 @@ def predict(
             write_label(path, label, case.images[0], {one.id: one.name for one in plan.classes})
         except UserError as error:
             failed[case.name] = error
+            if record.pop(case.name, None):  # of another model: nobody may take it for this one's
+                path.unlink(missing_ok=True)
+                _write_record(out / RECORD, record)
             continue
         written.append(path)
         record[case.name] = {
@@ -144,8 +148,7 @@ def predict(
             "seconds": round(time.monotonic() - start, 3),
             "peak_memory_mb": _peak_memory_mb(),
         }
-        content = {"format": FORMAT, "version": 1, "cases": record}
-        atomic_write(out / RECORD, (json.dumps(content, indent=1) + "\n").encode())
+        _write_record(out / RECORD, record)
     if failed and len(cases) == 1:
         raise next(iter(failed.values()))
     if failed:
@@ -217,6 +220,11 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
         raise UserError(f"`{path}` is not the record of a prediction", hint="choose another folder")
     return dict(content["cases"])
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    content = {"format": FORMAT, "version": 1, "cases": record}
+    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _device(name: str) -> torch.device:
