@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import html
 import json
 from collections.abc import Iterator
@@ -170,6 +171,44 @@ def test_without_declared_labels_the_run_names_them_and_else_their_ids(folder: P
     assert json.loads((folder / "out/metrics.json").read_text())["notes"] == [
         "Label ids that no class declares, counted as background: 9."
     ]
+
+
+def record_predictions(folder: Path, **sha256: str) -> None:
+    cases = {name: {"models": [{"sha256": one}], "settings": {}} for name, one in sha256.items()}
+    (folder / "predictions/predictions.json").write_text(json.dumps({"cases": cases}))
+
+
+def test_predictions_of_several_models_are_noted(folder: Path) -> None:
+    record_predictions(folder, a="1", b="2")
+    summary = evaluate(folder / "predictions", dataset(folder), folder / "out")
+    assert summary.notes == (
+        "The predictions are of 2 different models: see predictions.json.",
+        "1 of 3 scored cases are not in predictions.json.",
+    )
+    assert summary.notes[0] in (folder / "out/report.html").read_text()
+
+
+def test_a_run_that_did_not_predict_is_refused_and_its_training_cases_are_noted(folder: Path) -> None:
+    run = run_folder(folder)
+    (run / "run.json").write_text(json.dumps({"training": ["a", "c", "z"]}))
+    own = hashlib.sha256((run / "model/weights.safetensors").read_bytes()).hexdigest()
+    record_predictions(folder, a=own, b=own, c=own)
+    note = "2 of 3 scored cases were trained on: these figures say nothing about new scans."
+    for path in (run, run / "model"):
+        summary = evaluate(folder / "predictions", dataset(folder), folder / "out", run=path)
+        assert summary.notes == (note,)
+        assert note in summary.table()
+        assert json.loads((folder / "out/metrics.json").read_text())["notes"] == [note]
+    record_predictions(folder, a=own, b="another", c=own)
+    with pytest.raises(UserError, match="1 of 3 cases, such as `b`, were predicted with another model"):
+        evaluate(folder / "predictions", dataset(folder), folder / "out", run=run)
+
+
+def test_part_of_the_labelled_cases_is_noted(folder: Path) -> None:
+    (folder / "predictions/b.nii.gz").unlink()
+    (folder / "predictions/c.nii.gz").unlink()
+    summary = evaluate(folder / "predictions", dataset(folder, split="training"), folder / "out")
+    assert summary.notes == ("1 of 3 labelled cases were predicted.",)
 
 
 def test_cases_without_a_label_are_left_out_and_noted(folder: Path) -> None:

@@ -191,7 +191,9 @@ def test_every_changed_byte_of_the_description_is_noticed(tmp_path, plan):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(UserError):
             load_model(tmp_path / "model")
-    path.write_bytes(content.replace(b'"lower":0.0', b'"lower":1.0').replace(b'"lower": 0.0', b'"lower": 1.0'))
+    path.write_bytes(
+        content.replace(b'"lower":0.0', b'"lower":1.0').replace(b'"lower": 0.0', b'"lower": 1.0')
+    )
     with pytest.raises(UserError, match=r"model.json` was changed: its seal is broken"):
         load_model(tmp_path / "model")
     change(tmp_path / "model", seal="")

@@ -245,7 +245,11 @@ def test_ground_truth_is_never_replaced(tmp_path, save, blocks):
 
 
 def test_a_failed_case_leaves_no_label_of_an_earlier_model(tmp_path, save, blocks):
-    scan, model, out = write(tmp_path / "scans" / "a.nii.gz", blocks), save(tmp_path / "model"), tmp_path / "out"
+    scan, model, out = (
+        write(tmp_path / "scans" / "a.nii.gz", blocks),
+        save(tmp_path / "model"),
+        tmp_path / "out",
+    )
     predict(scan, out, [model], CPU)
     scan.write_bytes(scan.read_bytes()[:-100])
     with pytest.raises(UserError):

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +23,7 @@ from unetrkit.data.volume import read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation.metrics import DEFAULT_TOLERANCE_MM, OrganMetrics, case_metrics
 from unetrkit.evaluation.pairs import Pair, listed, pair_cases
-from unetrkit.evaluation.provenance import Provenance, RunRecord, read_run
+from unetrkit.evaluation.provenance import Provenance, RunRecord, prediction_notes, read_run
 from unetrkit.evaluation.summary import CaseMetrics, Summary, summarise
 
 OUTPUTS = ("metrics.csv", "metrics.json", "report.html")
@@ -56,7 +56,7 @@ def evaluate(
     each case.
 
     Raises UserError where a prediction belongs to no case, where a declared validation or test split is only
-    partly predicted, where grids differ, and where `out` holds anything but an earlier evaluation.
+    partly predicted, where predictions.json names another model than that of `run`, where grids differ, and where `out` holds anything but an earlier evaluation.
     """
     from unetrkit.evaluation.report import write_report
     from unetrkit.evaluation.views import worst_views
@@ -64,6 +64,7 @@ def evaluate(
     _check_out(out)
     pairs, notes = pair_cases(predictions, dataset)
     record = read_run(run) if run is not None else RunRecord()
+    notes += prediction_notes(predictions, [pair.case.name for pair in pairs], record)
     classes = _classes(pairs, dataset, record)
     found: dict[int, Measured] = {}
     measure = partial(_measure, classes=classes, tolerance_mm=tolerance_mm)
@@ -72,9 +73,10 @@ def evaluate(
         if progress is not None:
             progress(len(found), len(pairs), result.metrics.name)
     measured = [found[position] for position in range(len(pairs))]
-    summary = summarise([m.metrics for m in measured])
+    notes += _undeclared_notes(measured)
+    summary = replace(summarise([m.metrics for m in measured]), notes=tuple(notes))
     hashes = record.hashes | _data_hashes(measured)
-    provenance = Provenance(dataset.name, tolerance_mm, notes + _undeclared_notes(measured), hashes)
+    provenance = Provenance(dataset.name, tolerance_mm, notes, hashes)
 
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "metrics.csv", _csv(summary).encode())

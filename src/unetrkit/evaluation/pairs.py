@@ -57,7 +57,12 @@ def pair_cases(predictions: Path, dataset: Dataset) -> tuple[list[Pair], list[st
             f"none of the cases predicted in `{predictions}` has a label to compare with",
             hint="predict cases that have a label: `unetrkit predict DATALIST … --split validation`",
         )
-    return pairs, [f"Predicted cases without a label, left out: {unlabelled}."] if unlabelled else []
+    splits = {pair.case.split for pair in pairs}
+    labelled = sum(case.split in splits and case.label is not None for case in dataset.cases)
+    notes = [f"Predicted cases without a label, left out: {unlabelled}."] if unlabelled else []
+    if len(pairs) < labelled:
+        notes.append(f"{len(pairs)} of {labelled} labelled cases were predicted.")
+    return pairs, notes
 
 
 def listed(items: Sequence[object], most: int = 5) -> str:

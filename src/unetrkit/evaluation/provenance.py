@@ -15,6 +15,7 @@ from unetrkit.data.plan import Plan, parse_plan, plan_hash
 from unetrkit.errors import UserError
 from unetrkit.info import environment
 
+RECORD = "predictions.json"
 DEFINITIONS = {
     "dice": "2 |T ∩ P| / (|T| + |P|), T the voxels of the label, P those of the prediction",
     "iou": "|T ∩ P| / |T ∪ P|",
@@ -37,6 +38,7 @@ class RunRecord:
     curves: tuple[dict[str, object], ...] = ()
     config: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
+    training: frozenset[str] = frozenset()  # names of cases
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,43 @@ def read_run(path: Path) -> RunRecord:
             f"the plan in `{folder / 'model.json'}`",
         )
         hashes["plan"] = plan_hash(plan)
-    return RunRecord(plan, read_curves(path / "metrics.jsonl"), _text(path / "config.yaml"), hashes)
+    home = path if (path / "run.json").is_file() else folder.parent  # `RUN/model` is of RUN
+    run = read_json(home / "run.json") if (home / "run.json").is_file() else {}
+    training = frozenset(run.get("training", ())) if isinstance(run, dict) else frozenset()
+    return RunRecord(plan, read_curves(path / "metrics.jsonl"), _text(path / "config.yaml"), hashes, training)
+
+
+def prediction_notes(predictions: Path, cases: Sequence[str], run: RunRecord) -> list[str]:
+    """What a reader must know of how `cases` came about: several models or settings, cases trained on.
+
+    Raises UserError where `predictions`/predictions.json says that another model than that of `run` made them.
+    """
+    path = predictions / RECORD
+    content = read_json(path) if path.is_file() else {"cases": {}}
+    try:
+        made = {name: content["cases"][name] for name in cases if name in content["cases"]}  # type: ignore[index]
+        weights = {name: [model["sha256"] for model in entry["models"]] for name, entry in made.items()}
+        settings = {name: {**entry["settings"], "device": ""} for name, entry in made.items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"`{path}` is not the record of a prediction", hint="predict again") from error
+    notes = []
+    expected = run.hashes.get("weights")
+    others = [name for name, found in weights.items() if expected and expected not in found]
+    if others:
+        raise UserError(
+            f"{len(others)} of {len(cases)} cases, such as `{others[0]}`, were predicted with another model",
+            hint="give the run that predicted as `--run`, or predict again with `--overwrite`",
+        )
+    for what, found in (("models", weights.values()), ("settings", settings.values())):
+        if (several := len({json.dumps(one, sort_keys=True) for one in found})) > 1:
+            notes.append(f"The predictions are of {several} different {what}: see {RECORD}.")
+    if made and len(made) < len(cases):
+        notes.append(f"{len(cases) - len(made)} of {len(cases)} scored cases are not in {RECORD}.")
+    if seen := [name for name in cases if name in run.training]:
+        notes.append(
+            f"{len(seen)} of {len(cases)} scored cases were trained on: these figures say nothing about new scans."
+        )
+    return notes
 
 
 def read_curves(path: Path) -> tuple[dict[str, object], ...]:

@@ -59,9 +59,10 @@ class Summary:
     mean: dict[str, Estimate]
     cases: tuple[CaseMetrics, ...]
     subjects: int
+    notes: tuple[str, ...] = ()  # what a reader of the figures must know
 
     def table(self) -> str:
-        """The figures for a terminal: a line per organ and the mean."""
+        """The figures for a terminal: a line per organ, the mean, and the notes."""
         width = max(len(name) for name in ["mean", *(organ.name for organ in self.organs)])
         lines = [
             f"{'organ':{width}} {'cases':>6} {'Dice':>6} {'IoU':>6} {'NSD':>6} {'HD95 mm':>8} {'ASSD mm':>8} "
@@ -71,7 +72,7 @@ class Summary:
         rows = [(o.name, o.present, o.estimates, o.missed, o.false_positives) for o in self.organs]
         for name, count, estimates, m, f in [*rows, ("mean", len(self.cases), self.mean, missed, false)]:
             lines.append(f"{name:{width}} {count:6} {_row(estimates)} {m:7} {f:15}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def summarise(
