@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import permutations, product
@@ -17,6 +18,7 @@ from unetrkit.data.plan import Intensity, Plan
 from unetrkit.data.preprocess import preprocess
 from unetrkit.data.volume import Volume
 from unetrkit.errors import UserError
+from unetrkit.inference.cases import doubts_about
 from unetrkit.inference.model import Model
 from unetrkit.inference.predict import (
     PredictSettings,
@@ -144,8 +146,8 @@ def test_a_record_says_how_each_label_was_made(tmp_path, save, blocks):
     assert entry["settings"] == CPU.model_dump(mode="json")
     assert 0 <= entry["seconds"] < 60
     assert entry["peak_memory_mb"] > 50
-    assert seen[-1][0] == seen[-1][1] == len(seen)
-    assert {note for *_, note in seen} == {"a"}
+    assert seen[-1] == (1, 1, f"case 1/1 a, window {len(seen)}/{len(seen)}")
+    assert [done for done, *_ in seen] == [(k + 1) / len(seen) for k in range(len(seen))]
     # another scan into the same folder keeps the first one's record
     write(tmp_path / "scans" / "b.nii.gz", blocks)
     predict(tmp_path / "scans" / "b.nii.gz", tmp_path / "out", [model], CPU)
@@ -172,8 +174,8 @@ def test_a_bad_case_does_not_lose_the_others(tmp_path, save, blocks):
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["a.nii.gz", "b.nii.gz", "d.nii.gz", "predictions.json"]
     assert all(np.array_equal(voxels(tmp_path / "out" / f"{name}.nii.gz"), truth(blocks)) for name in "abd")
-    done, total, name = seen[-1]
-    assert (done / total, name) == (4 / 5, "d")
+    assert seen[-1][:2] == (4, 5)
+    assert seen[-1][2].startswith("case 4/5 d, window ")
 
 
 def datalist(tmp_path, blocks, splits):
@@ -295,12 +297,23 @@ def test_devices_that_are_not_there_are_named(tmp_path, save, blocks, device, me
 
 
 class Greedy(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
     def forward(self, windows):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise self.error
 
 
-def test_too_little_memory_names_what_to_change(model, blocks):
-    greedy = Model(Greedy(), model.plan, model.description)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you …"),
+    ],
+)
+def test_too_little_memory_names_what_to_change(model, blocks, error):
+    greedy = Model(Greedy(error), model.plan, model.description)
     with pytest.raises(UserError, match="not enough memory for windows of") as caught:
         predict_label([greedy], Volume(blocks[None].astype(np.float32), UNIT), CPU)
     assert "amp=bf16" in caught.value.hint
@@ -372,3 +385,44 @@ def test_a_dicom_series_is_one_scan(shared_data, tmp_path, save, new_plan):
     (path,) = predict(series, tmp_path / "out", [save(tmp_path / "model", new_plan((3.0, 3.0, 5.0)))], CPU)
     assert path.name == "ct.nii.gz"
     assert nib.load(path).shape[2] == 3
+
+
+def test_a_folder_of_dicom_series_has_a_case_for_each(shared_data, tmp_path, save, new_plan, blocks):
+    series = shared_data / "dicom" / "ct_3slice_with_seg" / "ct"
+    shutil.copytree(series, tmp_path / "scans" / "one")
+    shutil.copytree(series, tmp_path / "scans" / "two")
+    model = save(tmp_path / "model", new_plan((3.0, 3.0, 5.0)))
+    written = predict(tmp_path / "scans", tmp_path / "out", [model], CPU)
+    assert [path.name for path in written] == ["one.nii.gz", "two.nii.gz"]
+    write(tmp_path / "scans" / "a.nii.gz", blocks)
+    with pytest.raises(UserError, match="holds scans and the DICOM series `.*one`"):
+        predict(tmp_path / "scans", tmp_path / "other", [model], CPU)
+
+
+def test_label_maps_beside_scans_are_left_out_and_named(tmp_path, save, blocks, capsys):
+    for name in ("a", "a_msk", "b-seg", "mask_c"):
+        write(tmp_path / "scans" / f"{name}.nii.gz", blocks)
+    written = predict(tmp_path / "scans", tmp_path / "out", [save(tmp_path / "model")], CPU)
+    assert [path.name for path in written] == ["a.nii.gz", "mask_c.nii.gz"]
+    assert "`a_msk.nii.gz`, `b-seg.nii.gz`; to segment one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "doubted"),
+    [(-1000, 1200, False), (-175, 250, False), (0, 900, True), (-2000, -500, True), (2000, 4000, True)],
+)
+def test_another_modality_is_doubted(plan, low, high, doubted):
+    ct = plan.model_copy(update={"intensity": (Intensity(kind="window", lower=-175, upper=250),)})
+    image = np.random.default_rng(0).uniform(low, high, (1, 20, 20, 20)).astype(np.float32)
+    assert bool(doubts_about(image, ct)) is doubted
+    zscore = plan.model_copy(update={"intensity": (Intensity(kind="zscore", lower=1, upper=99),)})
+    assert doubts_about(image, zscore) == []
+
+
+def test_a_doubt_is_said_and_the_case_segmented(tmp_path, save, blocks, new_plan, capsys):
+    ct = new_plan().model_copy(update={"intensity": (Intensity(kind="window", lower=-175, upper=250),)})
+    scan = write(tmp_path / "scans" / "a.nii.gz", blocks)
+    assert predict(scan, tmp_path / "out", [save(tmp_path / "model", ct)], CPU)
+    assert "warning: `a`: its intensities are 0 to 950, the model's window of CT is -175 to 250" in (
+        capsys.readouterr().err
+    )

@@ -56,7 +56,8 @@ def evaluate(
     each case.
 
     Raises UserError where a prediction belongs to no case, where a declared validation or test split is only
-    partly predicted, where predictions.json names another model than that of `run`, where grids differ, and where `out` holds anything but an earlier evaluation.
+    partly predicted, where predictions.json names another model than that of `run`, where grids differ, and
+    where `out` holds anything but an earlier evaluation.
     """
     from unetrkit.evaluation.report import write_report
     from unetrkit.evaluation.views import worst_views

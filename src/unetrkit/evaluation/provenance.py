@@ -84,7 +84,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def prediction_notes(predictions: Path, cases: Sequence[str], run: RunRecord) -> list[str]:
-    """What a reader must know of how `cases` came about: several models or settings, cases trained on.
+    """What a reader must know of how `cases` came about: several models, cases trained on.
 
     Raises UserError where `predictions`/predictions.json says that another model than that of `run` made them.
     """
@@ -111,7 +111,8 @@ def prediction_notes(predictions: Path, cases: Sequence[str], run: RunRecord) ->
         notes.append(f"{len(cases) - len(made)} of {len(cases)} scored cases are not in {RECORD}.")
     if seen := [name for name in cases if name in run.training]:
         notes.append(
-            f"{len(seen)} of {len(cases)} scored cases were trained on: these figures say nothing about new scans."
+            f"{len(seen)} of {len(cases)} scored cases were trained on: "
+            "these figures say nothing about new scans."
         )
     return notes
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from unetrkit.data.datalist import Case, read_dataset, split_cases
-from unetrkit.data.layouts import ENDINGS, stem
+from unetrkit.data.layouts import ENDINGS, IMAGE_FOLDERS, stem
+from unetrkit.data.plan import Plan
 from unetrkit.errors import UserError
 from unetrkit.inference.model import Model
+from unetrkit.progress import say
 
 LISTS = (".json", ".csv", ".tsv")
+LABEL_LIKE = re.compile(
+    r"[_.-](seg|segmentations?|labels?|labelmap|masks?|msk|gt|truth|pred|predictions?)$", re.IGNORECASE
+)
 # what models must agree on to be averaged; the rest of a plan is for training and for people
 SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground")
 
@@ -19,13 +27,18 @@ SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground")
 def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outside: bool) -> list[Case]:
     """One scan (a file, or the folder of a DICOM series), or the cases of a data set's split.
 
-    The validation cases are those of the fold that the models were trained on (`origin.fold`).
+    A folder of folders of DICOM series has a case for each. In a folder of scans, files that are named as
+    label maps are (X_mask) are left out, with a line on stderr. The validation cases are those of the fold
+    that the models were trained on (`origin.fold`).
     Raises UserError where there are none.
     """
     if (inputs.is_file() and inputs.suffix.lower() not in LISTS) or _is_series(inputs):
-        return [Case(stem(inputs), (inputs.absolute(),), None, stem(inputs), "test")]
-    channels = len(models[0].plan.channels)
-    cases = list(read_dataset(inputs, allow_outside=allow_outside, channels=channels).cases)
+        return [_scan(inputs)]
+    cases = [_scan(folder) for folder in _series_in(inputs)]
+    if not cases:
+        channels = len(models[0].plan.channels)
+        cases = list(read_dataset(inputs, allow_outside=allow_outside, channels=channels).cases)
+        cases = _without_labels(inputs, cases)
     chosen = cases
     if split == "test":
         chosen = [case for case in cases if case.split == "test"]
@@ -46,6 +59,58 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
             hint="choose another `--split`: training, validation, test or all",
         )
     return chosen
+
+
+def _scan(path: Path) -> Case:
+    path = path.absolute()  # `.` has a name
+    return Case(stem(path), (path,), None, stem(path), "test")
+
+
+def _series_in(folder: Path) -> list[Path]:
+    """The DICOM series right below a folder that no data list describes."""
+    if not folder.is_dir() or (folder / "dataset.json").exists():
+        return []
+    files = sorted(folder.iterdir())
+    series = [path for path in files if _is_series(path)]
+    others = set(files) - set(series)
+    if series and any(p.name.lower().endswith(ENDINGS) or p.name in IMAGE_FOLDERS for p in others):
+        raise UserError(
+            f"`{folder}` holds scans and the DICOM series `{series[0]}`",
+            hint=f"predict the series by itself: `unetrkit predict {series[0]} …`, or move it away",
+        )
+    return series
+
+
+def _without_labels(folder: Path, cases: list[Case]) -> list[Case]:
+    """The cases without the files that lie right in `folder` and have the name of a label map."""
+    if not folder.is_dir() or (folder / "dataset.json").exists():
+        return cases
+    root = folder.resolve()
+    named = [c for c in cases if c.images[0].parent == root and LABEL_LIKE.search(stem(c.images[0]))]
+    if named:
+        some = ", ".join(f"`{case.images[0].name}`" for case in named[:10])
+        more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+        say(f"left out, being named as label maps are: {some}{more}; to segment one, give its path")
+    return [case for case in cases if case not in named]
+
+
+def doubts_about(image: np.ndarray, plan: Plan) -> list[str]:
+    """Why an image (c, x, y, z) may be of another kind than the plan's, judged by one voxel in 64.
+
+    A CT has air far below every window; what starts at 0 is an MR, or a CT that is not in HU.
+    """
+    doubts = []
+    for name, channel, how in zip(plan.channels, image, plan.intensity, strict=True):
+        low, high = np.percentile(channel[::4, ::4, ::4], [1, 99])
+        shared = min(high, how.upper) - max(low, how.lower)
+        if how.kind == "window" and (
+            shared < 0.2 * min(high - low, how.upper - how.lower) or how.lower < 0 <= channel.min()
+        ):
+            doubts.append(
+                f"its intensities are {low:g} to {high:g}, the model's window of {name} is {how.lower:g} to "
+                f"{how.upper:g}: is it the same modality?"
+            )
+    return doubts
 
 
 def _is_series(folder: Path) -> bool:

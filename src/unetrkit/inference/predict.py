@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,11 @@ from unetrkit.data.plan import Extent, Plan, Settings
 from unetrkit.data.preprocess import preprocess
 from unetrkit.data.volume import Volume, read_image, write_label
 from unetrkit.errors import UserError
-from unetrkit.inference.cases import choose_cases, require_free, require_one_plan
+from unetrkit.inference.cases import choose_cases, doubts_about, require_free, require_one_plan
 from unetrkit.inference.model import Model, load_model
 from unetrkit.inference.restore import restore
 from unetrkit.inference.sliding_window import Blending, Triple, scores_of, sliding_window
+from unetrkit.progress import say
 
 AXES = ("x", "y", "z")
 RECORD = "predictions.json"
@@ -97,13 +99,12 @@ def predict(
 
     `inputs` is one scan (a file or the folder of a DICOM series), a folder of scans, or a data list, of which
     `split` (training, validation, test, all) is taken; validation cases are those of the models' own fold.
-    `progress(done, total, case)` counts windows, over all cases as if each had as many as the current one.
+    `progress(done, total, note)` counts cases, the current one by the share of its windows that are done.
     The next case is read and prepared while the network works on this one. Returns the files written.
 
     Raises UserError before any work for models that differ in more than their weights, for outputs that exist
-    (unless `overwrite`, which only replaces what OUT/predictions.json lists), and for an `out` that holds inputs.
-    A case that cannot be used does not stop the
-    others: a UserError after the last one names it.
+    (`overwrite` replaces those that OUT/predictions.json lists), and for an `out` that holds inputs. A case
+    that cannot be used does not stop the others: a UserError after the last one names it.
     """
     device = _device(settings.device)
     loaded = [load_model(path, device) for path in models]
@@ -124,12 +125,15 @@ def predict(
 
         def report(done: int, total: int, index: int = index, case: Case = case) -> None:
             if progress:
-                progress(index * total + done, len(cases) * total, case.name)
+                note = f"case {index + 1}/{len(cases)} {case.name}, window {done}/{total}"
+                progress(index + done / total, len(cases), note)
 
         start = time.monotonic()
         path = out / f"{case.name}.nii.gz"
         try:
-            image, grid = prepared.result()
+            image, grid, doubts = prepared.result()
+            for doubt in doubts:
+                say(f"warning: `{case.name}`: {doubt}")
             networks = [model.network for model in loaded]
             label = _labels(networks, image, grid, plan, _window(loaded, settings), settings, report)
             write_label(path, label, case.images[0], {one.id: one.name for one in plan.classes})
@@ -158,11 +162,15 @@ def predict(
     return written
 
 
-def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[tuple[np.ndarray, Grid]]]]:
-    """Every case with its image on the plan's grid, prepared one case ahead in a thread."""
+Prepared = tuple[np.ndarray, Grid, list[str]]  # image on the plan's grid, doubts that it is of its kind
 
-    def prepare(case: Case) -> tuple[np.ndarray, Grid]:
-        return preprocess(read_image(case.images), plan, f"`{case.images[0]}`")
+
+def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[Prepared]]]:
+    """Every case with its image, prepared one case ahead in a thread."""
+
+    def prepare(case: Case) -> Prepared:
+        volume = read_image(case.images)
+        return *preprocess(volume, plan, f"`{case.images[0]}`"), doubts_about(volume.array, plan)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, cases[0])
@@ -204,7 +212,11 @@ def _labels(
         for network in networks:
             network.eval()
         return restore(slabs, grid, [label_class.id for label_class in plan.classes])
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # torch's allocator of main memory has no exception of its own
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not re.search("not enough memory|can't allocate memory", str(error)):
+            raise
         raise UserError(
             f"not enough memory for windows of {window} voxels",
             hint="`amp=bf16` needs less, `device=cpu` uses the main memory",
