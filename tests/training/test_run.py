@@ -176,6 +176,13 @@ def test_changed_data_is_refused(store: Path, whole: Path, tmp_path: Path) -> No
     (out / "run.json").write_text(json.dumps(record | {"training": record["training"][:1]}))
     with pytest.raises(UserError, match="has other training cases than when the run in"):
         train(settings(store, out))
+    before = record["sources"] | {record["training"][0]: "of another image"}
+    (out / "run.json").write_text(json.dumps(record | {"sources": before}))
+    with pytest.raises(UserError, match="has other images or labels than when the run in"):
+        train(settings(store, out))
+    (out / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run\.json`, which says what .* is missing"):
+        train(settings(store, out))
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(store: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class Patches:
 def train(settings: TrainSettings) -> State:
     """Trains a network, or goes on where the same command stopped; a finished run stays as it is.
 
-    Writes config.yaml (all settings), run.json (plan and cases), metrics.jsonl, the checkpoints `last` and
+    Writes config.yaml (all settings), run.json (plan, cases and their hashes), metrics.jsonl, the checkpoints `last` and
     `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError for what the
     user can correct and Interrupted for Ctrl-C or SIGTERM.
     """
@@ -113,7 +113,12 @@ def train(settings: TrainSettings) -> State:
         ),
     )
     names = tuple(case.name for case in training)
-    record = {"plan": store.plan_hash, "training": names, "validation": [case.name for case in validation]}
+    record = {
+        "plan": store.plan_hash,
+        "training": names,
+        "validation": [case.name for case in validation],
+        "sources": {case.name: case.source for case in training + validation},
+    }
     _open(out, settings, record)
     say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
 
@@ -148,10 +153,16 @@ def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> 
     config, record = out / "config.yaml", out / "run.json"
     if config.exists():
         _same_run(load_recipe(TrainSettings, config), settings, out)
+        if not record.exists() and any((out / name).exists() for name in ("last", "previous")):
+            raise UserError(
+                f"`{record}`, which says what the run was trained on, is missing",
+                hint="restore it, or begin a new run with another `out`",
+            )
         began = read_json(record) if record.exists() else made_of
         for name, value in json.loads(json.dumps({**made_of})).items():
             if not isinstance(began, dict) or began.get(name) != value:
-                what = "another plan" if name == "plan" else f"other {name} cases"
+                what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
+                what = what or f"other {name} cases"
                 raise UserError(
                     f"`{settings.data}` has {what} than when the run in `{out}` began",
                     hint="another `out` begins a new run",
