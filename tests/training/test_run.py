@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -229,3 +230,15 @@ def test_validation_means_skip_what_no_case_defines(store: Path) -> None:
     assert measure(Nothing()) == {"dice": 0.0, "dice/liver": 0.0, "dice/spleen": 0.0}
     measure._kept = {case.name: np.zeros((32, 32, 32), np.uint8) for case in opened.cases}
     assert all(math.isnan(value) for value in measure(Nothing()).values())
+
+
+def test_a_label_that_changed_its_grid_since_it_was_prepared_is_named(store: Path, tmp_path: Path) -> None:
+    from unetrkit.inference.predict import PredictSettings
+    from unetrkit.training.validation import Validation
+
+    opened = Store.open(store)
+    changed = tmp_path / "changed.nii.gz"
+    nibabel.Nifti1Image(np.zeros((32, 32, 31), np.uint8), np.diag([-2.0, -2.0, 2.5, 1])).to_filename(changed)
+    measure = Validation(opened.plan, [], PredictSettings())
+    with pytest.raises(UserError, match=r"changed\.nii\.gz` is not on the grid .*32x32x31 instead of"):
+        measure._truth(replace(opened.cases[0], label_file=changed))

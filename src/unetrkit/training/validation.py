@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.data.geometry import reorient
+from unetrkit.data.geometry import reorient, same_grid
 from unetrkit.data.plan import Plan
 from unetrkit.data.store import StoredCase
 from unetrkit.data.volume import read_label
@@ -66,7 +66,15 @@ class Validation:
                     f"case `{case.name}` has no label to validate against",
                     hint="give it one in the data list, and run `unetrkit prepare` again",
                 )
-            truth = reorient(read_label(case.label_file), np.asarray(case.grid.affine)).array[0]
+            affine = np.asarray(case.grid.affine)
+            label = reorient(read_label(case.label_file), affine)
+            truth = label.array[0]
+            if difference := same_grid(affine, case.grid.shape, label.affine, truth.shape):
+                raise UserError(
+                    f"`{case.label_file}` is not on the grid that case `{case.name}` was prepared on: "
+                    f"{difference}",
+                    hint="run `unetrkit prepare` again: the file was changed since",
+                )
             if truth.nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT_LABELS:
                 return truth
             self._kept[case.name] = truth
