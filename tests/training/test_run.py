@@ -17,6 +17,7 @@ import torch
 
 from unetrkit.config import load_recipe
 from unetrkit.data.datalist import read_dataset
+from unetrkit.data.files import alone
 from unetrkit.data.fingerprint import make_plan
 from unetrkit.data.plan import override_plan
 from unetrkit.data.prepare import prepare
@@ -84,7 +85,9 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_next_commands_need(store: Path, whole: Path) -> None:
     left = {path.name for path in whole.iterdir()}
-    assert left == {"config.yaml", "run.json", "metrics.jsonl", "last", "previous", "best", "model"}
+    assert left - {".train.lock"} == {
+        "config.yaml", "run.json", "metrics.jsonl", "last", "previous", "best", "model"
+    }  # fmt: skip
     model = load_model(whole)
     assert model.plan == Store.open(store).plan
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -184,6 +187,17 @@ def test_changed_data_is_refused(store: Path, whole: Path, tmp_path: Path) -> No
     (out / "run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json`, which says what .* is missing"):
         train(settings(store, out))
+
+
+def test_two_at_once_in_one_folder_are_refused(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with (
+        alone(out / run_module.LOCK, "not alone"),
+        pytest.raises(UserError, match="another process is training in"),
+    ):
+        train(settings(store, out))
+    assert [path.name for path in out.iterdir()] == [run_module.LOCK]
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(store: Path, tmp_path: Path) -> None:

@@ -84,6 +84,27 @@ def _where_instead(path: Path) -> str:
     return "check the path" if path.is_absolute() else f"relative paths start at `{Path.cwd()}`"
 
 
+@contextmanager
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Holds the file `lock`, which the system releases however this process ends. Not on Windows.
+
+    Raises UserError, saying `otherwise`, where another process holds it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with write_problems(lock):
+        file = open(lock, "ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(otherwise, hint="wait until it has finished") from error
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal. Raises UserError where it cannot be read."""
     with read_problems(path), open(path, "rb") as file:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from unetrkit.data.datalist import Case, Dataset, labelled_cases
-from unetrkit.data.files import atomic_write, sha256_file, write_problems
+from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
 from unetrkit.data.geometry import reorient, same_grid
 from unetrkit.data.plan import Plan, plan_bytes
 from unetrkit.data.preprocess import preprocess, preprocess_label
@@ -78,7 +75,7 @@ def prepare(
     _require_ours(out)
     with write_problems(out):
         (out / "cases").mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with alone(out / LOCK, f"another process is preparing `{out}`"):
         _begin_plan(out, plan)
         redone = sum(map_cases(partial(prepare_case, plan=plan, out=out), cases, workers, progress))
         write_index(out, dataset.name, cases)
@@ -177,22 +174,3 @@ def _remove_others(out: Path, names: set[str]) -> int:
         for folder in gone:
             remove_folder(folder)
     return len(gone)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the store's lock, which the system releases however this process ends. Not on Windows."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with write_problems(out):
-        lock = open(out / LOCK, "wb")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"another process is preparing `{out}`"
-            raise UserError(message, hint="wait until it has finished") from error
-        yield

@@ -14,7 +14,7 @@ from torch import nn
 import unetrkit
 from unetrkit.config import Settings, flatten, load_recipe, to_yaml
 from unetrkit.data.augment import AugmentSettings
-from unetrkit.data.files import atomic_write, read_json, write_problems
+from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.data.folds import split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
@@ -33,6 +33,8 @@ from unetrkit.training.validation import Validation, ValidationSettings
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+
+LOCK = ".train.lock"
 
 
 class TrainSettings(Settings):
@@ -88,9 +90,9 @@ class Patches:
 def train(settings: TrainSettings) -> State:
     """Trains a network, or goes on where the same command stopped; a finished run stays as it is.
 
-    Writes config.yaml (all settings), run.json (plan, cases and their hashes), metrics.jsonl, the checkpoints `last` and
-    `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError for what the
-    user can correct and Interrupted for Ctrl-C or SIGTERM.
+    Writes config.yaml (all settings), run.json (plan, cases and their hashes), metrics.jsonl, the checkpoints
+    `last` and `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError
+    for what the user can correct and Interrupted for Ctrl-C or SIGTERM.
     """
     store = Store.open(settings.data)
     out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
@@ -119,8 +121,6 @@ def train(settings: TrainSettings) -> State:
         "validation": [case.name for case in validation],
         "sources": {case.name: case.source for case in training + validation},
     }
-    _open(out, settings, record)
-    say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
 
     def export(objective: nn.Module, state: State) -> None:
         save_model(
@@ -133,23 +133,36 @@ def train(settings: TrainSettings) -> State:
             origin={"run": out.name, "fold": settings.fold, "step": state.best_step, **state.best},
         )
 
-    state = fit(
-        Segmentation(network, settings.loss),
-        Patches(settings.data, names, settings),
-        out,
-        settings.loop,
-        settings.optim,
-        validate=lambda objective: measure(objective.get_submodule("network")),
-        better="dice",
-        export=export,
-    )
+    _make_folder(out)
+    with alone(out / LOCK, f"another process is training in `{out}`"):
+        _open(out, settings, record)
+        say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
+        state = fit(
+            Segmentation(network, settings.loss),
+            Patches(settings.data, names, settings),
+            out,
+            settings.loop,
+            settings.optim,
+            validate=lambda objective: measure(objective.get_submodule("network")),
+            better="dice",
+            export=export,
+        )
     say(f"finished {state.step} steps; the best, dice {state.best['dice']:.4f}, is of step {state.best_step}")
     say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
     return state
 
 
+def _make_folder(out: Path) -> None:
+    """Raises UserError where something else than a run is there already."""
+    if out.exists() and not (out / "config.yaml").exists():
+        if not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir()):
+            raise UserError(f"`{out}` holds something that is not a run", hint="name a new folder as `out`")
+    with write_problems(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> None:
-    """A new run's folder, or the same run's. Raises UserError for any other."""
+    """Begins a new run, or goes on with the same. Raises UserError for any other."""
     config, record = out / "config.yaml", out / "run.json"
     if config.exists():
         _same_run(load_recipe(TrainSettings, config), settings, out)
@@ -167,10 +180,6 @@ def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> 
                     f"`{settings.data}` has {what} than when the run in `{out}` began",
                     hint="another `out` begins a new run",
                 )
-    elif out.exists() and (not out.is_dir() or any(not f.name.startswith(".") for f in out.iterdir())):
-        raise UserError(f"`{out}` holds something that is not a run", hint="name a new folder as `out`")
-    with write_problems(out):
-        out.mkdir(parents=True, exist_ok=True)
     atomic_write(config, to_yaml(settings).encode())
     atomic_write(record, json.dumps({**made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
 
