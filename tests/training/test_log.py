@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from unetrkit.errors import UserError
 from unetrkit.training.log import Metrics, Progress
 
 
@@ -35,6 +36,17 @@ def test_a_torn_line_within_the_checkpoint_is_cut_off_too(tmp_path: Path) -> Non
     with Metrics(path, {"training": 10, "validation": 10}):
         pass
     assert path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"cannot write `.*metrics\.jsonl`: No space"),
+        Metrics(tmp_path / "metrics.jsonl", {}) as metrics,
+    ):
+        metrics._file.close()
+        metrics._file = open("/dev/full", "ab")
+        metrics.write(1, "training", {"loss": 1.0})
 
 
 def test_without_a_terminal_the_first_and_last_steps_are_said(capsys: pytest.CaptureFixture[str]) -> None:

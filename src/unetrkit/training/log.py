@@ -54,7 +54,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with write_problems(self._path):  # what a full disk did not take is tried once more
+            self._file.close()
 
 
 class Progress:
