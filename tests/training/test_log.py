@@ -19,23 +19,34 @@ def records(path: Path) -> list[dict]:
 def test_records_after_the_checkpoint_and_torn_lines_are_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with Metrics(path, {"training": 0, "validation": 0}) as metrics:
+        mark = metrics.sync()
         for step in (5, 10, 15):
             metrics.write(step, "training", {"loss": step / 2})
             metrics.write(step, "validation", {"dice": 0.5})
+            mark = metrics.sync() if step == 5 else mark
     path.write_bytes(path.read_bytes() + b'{"step": 20, "ev')
-    with Metrics(path, {"training": 10, "validation": 5}) as metrics:  # stopped before step 10's validation
+    with Metrics(path, {}, mark) as metrics:
         metrics.write(10, "validation", {"dice": math.nan})
-    assert [(r["step"], r["event"][0]) for r in records(path)] == [(5, "t"), (5, "v"), (10, "t"), (10, "v")]
+    assert [(r["step"], r["event"][0]) for r in records(path)] == [(5, "t"), (5, "v"), (10, "v")]
     assert records(path)[-1] == {"step": 10, "event": "validation", "dice": None}
 
 
-def test_a_torn_line_within_the_checkpoint_is_cut_off_too(tmp_path: Path) -> None:
+def test_a_damaged_log_is_said_and_kept_with_its_whole_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    whole = b'{"step": 1, "event": "training"}\n'
-    path.write_bytes(whole + whole[:-1])
-    with Metrics(path, {"training": 10, "validation": 10}):
+    with Metrics(path, {}) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, "training", {"loss": 0.5})
+        mark = metrics.sync()
+        metrics.write(4, "training", {"loss": 0.5})
+    damaged = path.read_bytes().replace(b'"step": 2', b'"step" 2')
+    path.write_bytes(damaged)
+    with Metrics(path, {"training": 3, "validation": 0}, mark):
         pass
-    assert path.read_bytes() == whole
+    assert [record["step"] for record in records(path)] == [1, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert "is not what was written" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -20,7 +20,7 @@ import torch
 from unetrkit.data.files import atomic_write, read_problems, sync_folder, write_problems
 from unetrkit.errors import UserError
 
-FORMAT = "unetrkit checkpoint 1"
+FORMAT = "unetrkit checkpoint 2"
 HEADER = 256  # bytes, padded with spaces
 ANOTHER_RUN = "start again in another folder, with `out=…`"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -21,34 +23,42 @@ PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
 class Metrics:
     """`metrics.jsonl`: a record per line, appended. No times: a resumed run writes the same bytes."""
 
-    def __init__(self, path: Path, upto: Mapping[str, int]) -> None:
-        """Opens the file; what a killed process wrote after the last step `upto` of each event is cut off."""
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    record = json.loads(line)
-                    if not line.endswith(b"\n") or record["step"] > upto[record["event"]]:
-                        break
-                except (ValueError, KeyError, TypeError):
-                    break
-                kept.append(line)
-        atomic_write(path, b"".join(kept))
+    def __init__(self, path: Path, upto: Mapping[str, int], mark: Mapping[str, Any] | None = None) -> None:
+        """Opens the file; what a killed process wrote after the checkpoint with `mark` is cut off.
+
+        A file that is not what `mark` says stays as metrics.jsonl.damaged; its whole records are taken over,
+        those of each event to the last step `upto`.
+        """
+        content = path.read_bytes() if path.exists() else b""
+        kept = content[: mark["bytes"]] if mark else b""
+        if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+            if content:
+                atomic_write(path.with_name(f"{path.name}.damaged"), content)
+            kept = b"".join(line for line in content.splitlines(keepends=True) if _is_record(line, upto))
+            say(
+                f"warning: `{path}` is not what was written; it stays as `{path.name}.damaged`, and its "
+                "whole records are taken over"
+            )
+        atomic_write(path, kept)
         self._path = path
         self._file = open(path, "ab")
+        self._bytes, self._hash = len(kept), hashlib.sha256(kept)
 
     def write(self, step: int, event: str, values: Mapping[str, float]) -> None:
         """Appends {"step", "event", …}; NaN and infinity, which JSON does not have, become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = json.dumps({"step": step, "event": event, **finite}, ensure_ascii=False)
+        record = json.dumps({"step": step, "event": event, **finite}, ensure_ascii=False).encode() + b"\n"
         with write_problems(self._path):
-            self._file.write(record.encode() + b"\n")
+            self._file.write(record)
             self._file.flush()
+        self._bytes += len(record)
+        self._hash.update(record)
 
-    def sync(self) -> None:
-        """On disk before the checkpoint that vouches for it."""
+    def sync(self) -> dict[str, Any]:
+        """On disk before the checkpoint that vouches for it, with the mark that this returns."""
         with write_problems(self._path):
             os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
     def __enter__(self) -> Metrics:
         return self
@@ -56,6 +66,14 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         with write_problems(self._path):  # what a full disk did not take is tried once more
             self._file.close()
+
+
+def _is_record(line: bytes, upto: Mapping[str, int]) -> bool:
+    try:
+        record = json.loads(line)
+        return line.endswith(b"\n") and record["step"] <= upto[record["event"]]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Progress:

@@ -115,8 +115,9 @@ def fit(
         return state
     _check_space(learner, folder)
     last = settings.steps * settings.accumulate
+    upto = {"training": state.step, "validation": state.validated}
     with (
-        Metrics(folder / "metrics.jsonl", {"training": state.step, "validation": state.validated}) as metrics,
+        Metrics(folder / "metrics.jsonl", upto, saved and saved["log"]) as metrics,
         Progress(state.step, settings.steps, batches.size * settings.accumulate) as progress,
         Interruption() as interruption,
         interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
@@ -142,8 +143,7 @@ def fit(
 
                 # ---- save
                 if unsaved and (done or state.step % settings.save_every == 0):
-                    metrics.sync()
-                    checkpoint.save_last(folder, _content(learner, state))
+                    checkpoint.save_last(folder, _content(learner, state) | {"log": metrics.sync()})
                     unsaved = False
                 progress.pause(time.monotonic() - began)
 
@@ -165,8 +165,7 @@ def fit(
                 if state.step % settings.log_every == 0 or state.step == settings.steps:
                     metrics.write(state.step, "training", state.take_means())
         except Stop:
-            metrics.sync()
-            checkpoint.save_last(folder, _content(learner, state))
+            checkpoint.save_last(folder, _content(learner, state) | {"log": metrics.sync()})
             raise Interrupted(
                 f"stopped after step {state.step} of {settings.steps}, which is saved in `{folder}`",
                 hint="the same command goes on from there",
