@@ -106,6 +106,20 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("[lb]*st")} == times
 
 
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    def kill() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(tmp_path, loop(log_every=1), Cubes(before=at(3, kill)))
+    assert checkpoint.load(tmp_path / "last")["state"]["step"] == 0
+    (tmp_path / "last").unlink()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="lost its checkpoints"):
+        run(tmp_path, loop(log_every=1))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before != b""
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(tmp_path / name, loop(seed=seed))

@@ -113,6 +113,13 @@ def fit(
     if state.step == state.validated == settings.steps:
         say(f"`{folder}` has done its {settings.steps} steps already")
         return state
+    if saved is None and any(
+        f.exists() and f.stat().st_size for f in (folder / "metrics.jsonl", folder / "best")
+    ):
+        raise UserError(
+            f"`{folder}` holds a run that has lost its checkpoints, `last` and `previous`",
+            hint="restore one of them, or begin again with another `out`",
+        )
     _check_space(learner, folder)
     last = settings.steps * settings.accumulate
     upto = {"training": state.step, "validation": state.validated}
@@ -123,7 +130,7 @@ def fit(
         interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
         _explained(state, batches, settings, optim),
     ):
-        unsaved = False
+        unsaved = saved is None  # a run that has a record then has had a checkpoint
         try:
             while True:
                 done = state.step == settings.steps
