@@ -108,9 +108,9 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
     def kill() -> None:
-        raise MemoryError
+        raise OSError
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(OSError):
         run(tmp_path, loop(log_every=1), Cubes(before=at(3, kill)))
     assert checkpoint.load(tmp_path / "last")["state"]["step"] == 0
     (tmp_path / "last").unlink()
@@ -225,6 +225,15 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path: P
             export=lambda best, state: None,
         )
     assert rooted.weight.item() == 0
+
+
+@pytest.mark.parametrize("moment", [0, 3])
+def test_too_little_memory_names_what_to_lower_and_other_errors_stay(tmp_path: Path, moment: int) -> None:
+    with pytest.raises(UserError, match=f"the computer's memory is too small for step {moment}") as found:
+        run(tmp_path / "a", loop(), Cubes(before=at(moment, lambda: torch.empty(2**50))))
+    assert "`sampling.batch_size`" in found.value.hint
+    with pytest.raises(RuntimeError, match="shape"):
+        run(tmp_path / "b", loop(), Cubes(before=at(moment, lambda: torch.empty(6).view(4))))
 
 
 def test_clipping_bounds_the_gradient(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def fit(
         Metrics(folder / "metrics.jsonl", upto, saved and saved["log"]) as metrics,
         Progress(state.step, settings.steps, batches.size * settings.accumulate) as progress,
         Interruption() as interruption,
-        interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
         _explained(state, batches, settings, optim),
+        interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
     ):
         unsaved = saved is None  # a run that has a record then has had a checkpoint
         try:
@@ -219,10 +219,14 @@ def _explained(
             hint="look at these cases; else a lower `optim.lr`, `loop.clip=1` or `loop.amp=off`, and another "
             "`out`. What was saved is from before this step, and good",
         ) from what
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter on a CPU
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
         raise UserError(
-            f"the GPU's memory is too small for step {state.step}",
-            hint="a smaller `sampling.batch_size` with a larger `loop.accumulate`, or a smaller patch",
+            f"the {'GPU' if gpu else 'computer'}'s memory is too small for step {state.step}",
+            hint="a smaller `sampling.batch_size` with a larger `loop.accumulate`, a smaller "
+            "`sampling.patch_size`, or `network_options.checkpointing=true`",
         ) from error
 
 
