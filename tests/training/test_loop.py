@@ -120,6 +120,24 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(tmp_path: Path) -> N
     assert (tmp_path / "metrics.jsonl").read_bytes() == before != b""
 
 
+def test_slow_steps_are_saved_by_the_clock_and_nothing_else_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "few", loop(save_every=100))
+    monkeypatch.setattr("unetrkit.training.loop.SAVE_SECONDS", -1)
+    seen: list[int] = []
+    save = checkpoint.save_last
+
+    def noting(folder: Path, state: dict[str, Any]) -> None:
+        seen.append(state["state"]["step"])
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save_last", noting)
+    run(tmp_path / "many", loop(save_every=100))
+    assert seen == list(range(21))
+    assert contents(tmp_path / "few") == contents(tmp_path / "many")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(tmp_path / name, loop(seed=seed))

@@ -29,13 +29,14 @@ from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate
 
 Count = Annotated[int, Field(ge=1)]
+SAVE_SECONDS = 600  # a slow computer does not lose more either
 CHECKPOINTS = 4  # in a run folder while one is written: last, previous, best, the new one
 
 
 class LoopSettings(Settings):
     """How long, how often, in which precision."""
 
-    steps: Count = 50_000
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 50_000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Count = 1_000
     save_every: Count = 500
@@ -131,6 +132,7 @@ def fit(
         interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
     ):
         unsaved = saved is None  # a run that has a record then has had a checkpoint
+        last_save = time.monotonic()
         try:
             while True:
                 done = state.step == settings.steps
@@ -149,9 +151,10 @@ def fit(
                     progress.say(_validation_line(state, measured, better))
 
                 # ---- save
-                if unsaved and (done or state.step % settings.save_every == 0):
+                due = state.step % settings.save_every == 0 or began - last_save > SAVE_SECONDS
+                if unsaved and (done or due):
                     checkpoint.save_last(folder, _content(learner, state) | {"log": metrics.sync()})
-                    unsaved = False
+                    unsaved, last_save = False, time.monotonic()
                 progress.pause(time.monotonic() - began)
 
                 # ---- stop
