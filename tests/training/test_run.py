@@ -150,6 +150,24 @@ def test_a_finished_run_is_left_as_it_is_and_its_config_repeats_it(
     assert results(tmp_path / whole.name) == before
 
 
+@pytest.mark.parametrize("more", [[], ["loop.ema=0.9"]], ids=["plain", "ema"])
+def test_a_damaged_model_of_a_finished_run_is_written_again(
+    store: Path, whole: Path, tmp_path: Path, more: list[str]
+) -> None:
+    out = tmp_path / whole.name
+    if more:
+        train(settings(store, out, *more, "loop.steps=2"))
+    else:
+        shutil.copytree(whole, out)
+    before = results(out)
+    (out / "model/weights.safetensors").write_bytes(before["model/weights.safetensors"][:-1])
+    train(load_recipe(TrainSettings, out / "config.yaml", [f"out={out}"]))
+    assert results(out) == before
+    shutil.rmtree(out / "model")
+    train(load_recipe(TrainSettings, out / "config.yaml", [f"out={out}"]))
+    assert results(out) == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

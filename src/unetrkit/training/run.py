@@ -20,10 +20,11 @@ from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
 from unetrkit.data.store import Store
 from unetrkit.errors import UserError
-from unetrkit.inference.model import save_model
+from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
-from unetrkit.training.learner import Batch, device_of, precision_of
+from unetrkit.training import checkpoint
+from unetrkit.training.learner import Batch, build_learner, device_of, precision_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State, fit
 from unetrkit.training.losses import LossSettings
@@ -92,7 +93,7 @@ def train(settings: TrainSettings) -> State:
 
     Writes config.yaml (all settings), run.json (plan, cases and their hashes), metrics.jsonl, the checkpoints
     `last` and `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError
-    for what the user can correct and Interrupted for Ctrl-C or SIGTERM.
+    for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
     store = Store.open(settings.data)
     out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
@@ -137,8 +138,9 @@ def train(settings: TrainSettings) -> State:
     with alone(out / LOCK, f"another process is training in `{out}`"):
         _open(out, settings, record)
         say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
+        objective = Segmentation(network, settings.loss)
         state = fit(
-            Segmentation(network, settings.loss),
+            objective,
             Patches(settings.data, names, settings),
             out,
             settings.loop,
@@ -147,6 +149,13 @@ def train(settings: TrainSettings) -> State:
             better="dice",
             export=export,
         )
+        try:
+            load_model(out / "model")
+        except UserError as problem:
+            say(f"{problem.message}; writing it again from `{out / 'best'}`")
+            learner = build_learner(objective, settings.loop, settings.optim)
+            learner.load_state_dict(checkpoint.load(out / "best")["learner"])
+            export(learner.subject, state)
     say(f"finished {state.step} steps; the best, dice {state.best['dice']:.4f}, is of step {state.best_step}")
     say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
     return state
