@@ -92,7 +92,11 @@ def test_declared_folds_win_and_a_case_without_one_trains():
     ("cases", "fold", "message"),
     [
         (scans(3), 4, "leaves 3 cases for training and 0 for validation"),
-        (scans(1), None, "leaves 0 cases for training and 1 for validation"),
+        (
+            scans(1),
+            None,
+            "too few subjects to make folds: fold 0 leaves 0 cases for training and 1 for validation",
+        ),
         ([], None, "leaves 0 cases"),
         (scans(10), 5, "there is no fold 5 among 5 folds"),
         (scans(10), -1, "there is no fold -1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,3 +71,17 @@ def test_without_a_terminal_the_first_and_last_steps_are_said(capsys: pytest.Cap
     assert [line.split("  ")[0] for line in lines] == ["step 101/104", "step 104/104"]
     assert "loss 0.5000" in lines[1]
     assert lines[-1].endswith("0 s left") and "patches/s" in lines[0]
+
+
+def test_a_run_of_days_says_once_what_to_lower_and_a_validation_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 60))
+    monkeypatch.setattr("unetrkit.training.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Progress(0, 10_000, patches_per_step=1, slow="lower it") as progress:
+        for step in range(1, 6):
+            progress.step(step, 0.5)
+        progress.show("validating 3/10")
+    said = capsys.readouterr().err
+    assert said.count("lower it") == 1 and "6 d 22 h left; lower it" in said
+    assert said.endswith("validating 3/10\n")

@@ -52,13 +52,17 @@ def interrupt(number: int = signal.SIGTERM) -> None:
     ],
     ids=["float32", "bf16", "fp16", "accumulate", "ema"],
 )
-def test_stopped_and_resumed_equals_never_stopped_bitwise(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_stopped_and_resumed_equals_never_stopped_bitwise(
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = loop(**changes)
     run(tmp_path / "whole", settings)
     seventh = 7 * settings.accumulate
     with pytest.raises(Interrupted, match="stopped after step 8 of 20"):
         run(tmp_path / "parts", settings, Cubes(before=at(seventh, interrupt)))
+    capsys.readouterr()
     state = run(tmp_path / "parts", settings)
+    assert "going on from step 8 of 20" in capsys.readouterr().err
     assert state.step == 20
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -238,7 +242,7 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path: P
             tmp_path,
             loop(),
             OPTIM,
-            validate=measure,
+            validate=lambda trained, show: measure(trained),
             better="score",
             export=lambda best, state: None,
         )

@@ -89,8 +89,9 @@ def _cross_validate(
     validation = [case for case, k in zip(cases, fold_of, strict=True) if k == fold]
     if not training or not validation:
         subjects, left = len({case.subject for case in cases}), many(len(training), "case")
+        few = "" if declared else "there are too few subjects to make folds: "
         raise UserError(
-            f"fold {fold} leaves {left} for training and {len(validation)} for validation",
+            f"{few}fold {fold} leaves {left} for training and {len(validation)} for validation",
             hint=f"the data set has {many(subjects, 'subject')} for training; use fewer folds, or add cases",
         )
     return training, validation

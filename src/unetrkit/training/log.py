@@ -19,6 +19,8 @@ from unetrkit.data.files import atomic_write, write_problems
 
 PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
 
+DAY = 86400  # seconds
+
 
 class Metrics:
     """`metrics.jsonl`: a record per line, appended. No times: a resumed run writes the same bytes."""
@@ -79,12 +81,14 @@ def _is_record(line: bytes, upto: Mapping[str, int]) -> bool:
 class Progress:
     """The live line; where stderr is not a terminal, a plain line now and then."""
 
-    def __init__(self, start: int, stop: int, patches_per_step: int) -> None:
+    def __init__(self, start: int, stop: int, patches_per_step: int, slow: str = "") -> None:
+        """`slow` is said, once, where the third step shows that the run takes more than a day."""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._start, self._stop, self._patches = start, stop, patches_per_step
         self._began = self._said = time.monotonic()
         self._paused = 0.0
+        self._slow = slow
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
@@ -98,10 +102,12 @@ class Progress:
         """Called after every step, `step` being how many are done."""
         now = time.monotonic()
         terminal = self._console.is_terminal
+        seconds = (now - self._began - self._paused) / (step - self._start)
+        if step == self._start + 3 and self._slow and seconds * (self._stop - step) > DAY:
+            self.say(f"{duration(seconds * (self._stop - step))} left; {self._slow}")
         if not terminal and now - self._said < PLAIN_SECONDS and step not in (self._start + 1, self._stop):
             return
         self._said = now
-        seconds = (now - self._began - self._paused) / (step - self._start)
         left = duration(seconds * (self._stop - step))
         rate = self._patches / max(seconds, 1e-9)
         line = f"step {step}/{self._stop}  loss {loss:.4f}  {rate:.3g} patches/s  {left} left"
@@ -109,6 +115,15 @@ class Progress:
             self._live.update(Text(line))
         else:
             self._console.print(line, markup=False)
+
+    def show(self, line: str) -> None:
+        """What is done between two steps, such as a validation."""
+        now = time.monotonic()
+        if self._console.is_terminal:
+            self._live.update(Text(line))
+        elif now - self._said >= PLAIN_SECONDS:
+            self._said = now
+            self.say(line)
 
     def pause(self, seconds: float) -> None:
         """Time that was not training: validation, saving."""

@@ -28,6 +28,8 @@ from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, 
 from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate
 
+# measures an objective, telling its second argument how far it is
+Validate = Callable[[nn.Module, Callable[[str], None]], dict[str, float]]
 Count = Annotated[int, Field(ge=1)]
 SAVE_SECONDS = 600  # a slow computer does not lose more either
 CHECKPOINTS = 4  # in a run folder while one is written: last, previous, best, the new one
@@ -96,7 +98,7 @@ def fit(
     settings: LoopSettings,
     optim: OptimSettings,
     *,
-    validate: Callable[[nn.Module], dict[str, float]],
+    validate: Validate,
     better: str,
     export: Callable[[nn.Module, State], None],
 ) -> State:
@@ -121,12 +123,16 @@ def fit(
             f"`{folder}` holds a run that has lost its checkpoints, `last` and `previous`",
             hint="restore one of them, or begin again with another `out`",
         )
+    if saved:
+        say(f"going on from step {state.step} of {settings.steps}")
     _check_space(learner, folder)
     last = settings.steps * settings.accumulate
+    on_cpu = next(learner.objective.parameters()).device.type == "cpu"
+    slow = "hint: there is no GPU; lower `loop.steps` or `sampling.patch_size`" if on_cpu else ""
     upto = {"training": state.step, "validation": state.validated}
     with (
         Metrics(folder / "metrics.jsonl", upto, saved and saved["log"]) as metrics,
-        Progress(state.step, settings.steps, batches.size * settings.accumulate) as progress,
+        Progress(state.step, settings.steps, batches.size * settings.accumulate, slow) as progress,
         Interruption() as interruption,
         _explained(state, batches, settings, optim),
         interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
@@ -141,7 +147,7 @@ def fit(
                 # ---- validate, and keep the best
                 if state.step > state.validated and (done or state.step % settings.validate_every == 0):
                     with interruption.abandoning():
-                        measured = _validate(learner, validate)
+                        measured = _validate(learner, validate, progress.show)
                     metrics.write(state.step, "validation", measured)
                     state.validated, unsaved = state.step, True
                     if state.best_step is None or _score(measured, better) > _score(state.best, better):
@@ -186,10 +192,10 @@ def _content(learner: Learner, state: State) -> dict[str, object]:
     return {"learner": learner.state_dict(), "state": asdict(state)}
 
 
-def _validate(learner: Learner, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+def _validate(learner: Learner, validate: Validate, show: Callable[[str], None]) -> dict[str, float]:
     learner.subject.eval()
     try:
-        return validate(learner.subject)
+        return validate(learner.subject, show)
     finally:
         learner.subject.train()
 

@@ -105,9 +105,10 @@ def train(settings: TrainSettings) -> State:
     network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
     device = device_of(settings.loop.device)
     bf16 = precision_of(settings.loop.amp, device) == torch.bfloat16
+    measured = validation[: settings.validation.cases]
     measure = Validation(
         plan,
-        validation[: settings.validation.cases],
+        measured,
         PredictSettings(
             overlap=settings.validation.overlap,
             window=patch,
@@ -137,7 +138,8 @@ def train(settings: TrainSettings) -> State:
     _make_folder(out)
     with alone(out / LOCK, f"another process is training in `{out}`"):
         _open(out, settings, record)
-        say(f"{settings.network} on {len(training)} cases, validated on {len(validation)}, in {out}")
+        some = f"{len(measured)} of " if len(measured) < len(validation) else ""
+        say(f"{settings.network} on {len(training)} cases, validated on {some}{len(validation)}, in {out}")
         objective = Segmentation(network, settings.loss)
         state = fit(
             objective,
@@ -145,7 +147,7 @@ def train(settings: TrainSettings) -> State:
             out,
             settings.loop,
             settings.optim,
-            validate=lambda objective: measure(objective.get_submodule("network")),
+            validate=lambda objective, show: measure(objective.get_submodule("network"), show),
             better="dice",
             export=export,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Annotated
 
@@ -45,10 +45,14 @@ class Validation:
         self._settings = settings
         self._kept: dict[str, np.ndarray] = {}
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def __call__(
+        self, network: nn.Module, show: Callable[[str], None] = lambda line: None
+    ) -> dict[str, float]:
+        """`show` is told how far it is."""
         organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
         found: dict[int, list[float]] = {organ: [] for organ in organs}
-        for case in self._cases:
+        for number, case in enumerate(self._cases, 1):
+            show(f"validating {number}/{len(self._cases)}")
             prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
             for organ, dice in dice_scores(self._truth(case), prediction, list(organs)).items():
                 if dice is not None:
