@@ -395,7 +395,7 @@ def test_a_folder_of_dicom_series_has_a_case_for_each(shared_data, tmp_path, sav
     written = predict(tmp_path / "scans", tmp_path / "out", [model], CPU)
     assert [path.name for path in written] == ["one.nii.gz", "two.nii.gz"]
     write(tmp_path / "scans" / "a.nii.gz", blocks)
-    with pytest.raises(UserError, match="holds scans and the DICOM series `.*one`"):
+    with pytest.raises(UserError, match=r"holds scans and the DICOM series `.*one`"):
         predict(tmp_path / "scans", tmp_path / "other", [model], CPU)
 
 

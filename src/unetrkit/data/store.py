@@ -89,11 +89,6 @@ class StoredCase:
         return self.record.grid.size
 
     @property
-    def source(self) -> str:
-        """The hash of all that its voxels were computed from."""
-        return self.record.source
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """Voxels of each class index."""
         return self.record.counts

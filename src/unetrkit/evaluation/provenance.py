@@ -86,7 +86,7 @@ def read_run(path: Path) -> RunRecord:
 def prediction_notes(predictions: Path, cases: Sequence[str], run: RunRecord) -> list[str]:
     """What a reader must know of how `cases` came about: several models, cases trained on.
 
-    Raises UserError where `predictions`/predictions.json says that another model than that of `run` made them.
+    Raises UserError where `predictions`/predictions.json names another model than that of `run`.
     """
     path = predictions / RECORD
     content = read_json(path) if path.is_file() else {"cases": {}}

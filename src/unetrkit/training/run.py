@@ -24,7 +24,7 @@ from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
 from unetrkit.training import checkpoint
-from unetrkit.training.learner import Batch, build_learner, device_of, precision_of
+from unetrkit.training.learner import Batch, build_learner, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State, fit
 from unetrkit.training.losses import LossSettings
@@ -104,7 +104,6 @@ def train(settings: TrainSettings) -> State:
     options = dict(settings.network_options)
     network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
     device = device_of(settings.loop.device)
-    bf16 = precision_of(settings.loop.amp, device) == torch.bfloat16
     measured = validation[: settings.validation.cases]
     measure = Validation(
         plan,
@@ -112,7 +111,6 @@ def train(settings: TrainSettings) -> State:
         PredictSettings(
             overlap=settings.validation.overlap,
             window=patch,
-            amp="bf16" if bf16 else "off",
             device=device.type,
         ),
     )
