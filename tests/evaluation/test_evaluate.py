@@ -17,7 +17,7 @@ import pytest
 from unetrkit.data.datalist import Case, Dataset, read_dataset
 from unetrkit.data.plan import LabelClass
 from unetrkit.errors import UserError
-from unetrkit.evaluation.evaluate import evaluate
+from unetrkit.evaluation.evaluate import _ids, _inert, evaluate
 from unetrkit.evaluation.metrics import case_metrics
 
 AFFINE = np.array([[-1.5, 0, 0, 20], [0, -1.5, 0, 10], [0, 0, 3.0, -5], [0, 0, 0, 1.0]])  # LPS
@@ -349,7 +349,7 @@ def test_report_is_one_file_that_loads_nothing(report: str) -> None:
     assert len(report) < 3_000_000
     # Dice by organ, three cases in three planes, training curves
     kinds = [source.partition(";")[0] for source in page.loads]
-    assert kinds == ["data:image/svg+xml"] + ["data:image/webp"] * 3 + ["data:image/svg+xml"]
+    assert kinds == ["data:image/svg+xml"] + ["data:image/webp"] * 9 + ["data:image/svg+xml"]
 
 
 def test_report_escapes_what_others_wrote(report: str) -> None:
@@ -388,3 +388,27 @@ def test_a_perfect_prediction_of_real_scans_is_perfect(shared_data: Path, tmp_pa
     assert summary.mean["dice"].mean == 1.0
     assert summary.mean["hd95_mm"].mean == 0.0
     assert summary.mean["nsd"].mean == 1.0
+
+
+def test_no_cell_is_a_formula_and_numbers_stay() -> None:
+    cells = ["=1+1", "+cmd", "-cmd|' /C calc'!A0", "@x", "-1.5", "a=1", -2, "-1e-05"]
+    assert [_inert(cell) for cell in cells[:4]] == [f"'{cell}" for cell in cells[:4]]
+    assert [_inert(cell) for cell in cells[4:]] == cells[4:]
+
+
+def test_large_ids_take_no_memory() -> None:
+    assert _ids(np.array([0, 5, 2**31 - 1], np.int32)) == {5, 2**31 - 1}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_earlier_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    evaluate(folder / "predictions", dataset(folder), folder / "out")
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    monkeypatch.setattr("unetrkit.evaluation.report.write_report", full)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(folder / "predictions", dataset(folder), folder / "out", tolerance_mm=1.0)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before

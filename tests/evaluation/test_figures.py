@@ -23,7 +23,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
     truth = np.zeros(image.shape, bool)
     truth[22:25, 12:15, 9:12] = True
     slices_figure(image, truth, np.roll(truth, -1, axis=0), SPACING, (0.0, 1000.0))
-    return caught[0]
+    return [figure.axes[0] for figure in caught]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_planes_show_the_patients_sides_in_millimetres(
     drawn: Any, panel: int, across: int, up: int, letters: str
 ) -> None:
-    axes = drawn.axes[panel]
+    axes = drawn[panel]
     start, stop = [22, 12, 9], [25, 15, 12]
     left, right, bottom, top = axes.get_images()[0].get_extent()
     assert left < start[across] * SPACING[across] < stop[across] * SPACING[across] < right
@@ -46,7 +46,7 @@ def test_planes_show_the_patients_sides_in_millimetres(
 
 
 def test_outlines_follow_the_sides_of_the_voxels(drawn: Any) -> None:
-    truth, prediction = drawn.axes[0].collections
+    truth, prediction = drawn[0].collections
     for outline, shift in ((truth, 0), (prediction, -1)):
         points = np.concatenate([path.vertices for path in outline.get_paths()])
         low, high = points.min(axis=0), points.max(axis=0)
@@ -57,7 +57,7 @@ def test_outlines_follow_the_sides_of_the_voxels(drawn: Any) -> None:
 
 
 def test_voxels_are_shown_where_they_are(drawn: Any) -> None:
-    shown = drawn.axes[0].get_images()[0]
+    shown = drawn[0].get_images()[0]
     left, _, bottom, _ = shown.get_extent()
     image = np.arange(30 * 20 * 16, dtype=np.float32).reshape(30, 20, 16)
     x, y = round(left / 2.0), round(bottom / 3.0)
@@ -71,9 +71,12 @@ def test_an_organ_at_the_border_and_an_empty_mask_are_drawn() -> None:
     truth[0, 0, 0] = True
     nothing = np.zeros_like(truth)
     for masks in ((truth, nothing), (nothing, truth)):
-        kind, _, data = slices_figure(image, *masks, SPACING).partition(";base64,")
-        assert kind == "data:image/webp"
-        assert base64.b64decode(data)[8:12] == b"WEBP"
+        pictures = slices_figure(image, *masks, SPACING)
+        assert len(pictures) == 3
+        for picture in pictures:
+            kind, _, data = picture.partition(";base64,")
+            assert kind == "data:image/webp"
+            assert base64.b64decode(data)[8:12] == b"WEBP"
 
 
 def test_curves_draw_what_the_log_has() -> None:

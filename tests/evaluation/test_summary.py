@@ -60,6 +60,12 @@ def test_an_organ_that_is_nowhere_stays_out_of_the_mean() -> None:
     assert "–" in summary.table().splitlines()[2]
 
 
+def test_two_subjects_have_no_interval() -> None:
+    scores = (("a", 0.5), ("b", 0.7))
+    summary = summarise([case(name, [organ(1, score)], subject=name) for name, score in scores])
+    assert summary.organs[0].estimates["dice"].low is summary.mean["dice"].low is None
+
+
 def test_one_subject_has_no_interval() -> None:
     summary = summarise(
         [case(name, [organ(1, score)], subject="s") for name, score in (("a", 0.5), ("b", 0.7))]

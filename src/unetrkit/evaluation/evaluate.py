@@ -6,16 +6,19 @@ import csv
 import hashlib
 import io
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from unetrkit.data.datalist import Dataset
-from unetrkit.data.files import atomic_write, sha256_file
+from unetrkit.data.files import atomic_write, sha256_file, sync_folder, write_problems
 from unetrkit.data.geometry import reorient, same_grid, spacing_of
 from unetrkit.data.plan import LabelClass
 from unetrkit.data.processes import for_each
@@ -51,7 +54,7 @@ def evaluate(
     """Measure `predictions`/<case name>.nii.gz against the labels of `dataset`, on each case's own grid.
 
     Writes metrics.csv (a row per case and organ), metrics.json (the same, the summary, the definitions and
-    what it was computed from) and report.html into `out`; each appears whole or not at all. `run`, a run or
+    what it was computed from) and report.html into `out`; all appear whole or none does. `run`, a run or
     model folder, adds names, intensity window and training curves. `progress(done, total, note)` hears of
     each case.
 
@@ -79,11 +82,18 @@ def evaluate(
     hashes = record.hashes | _data_hashes(measured)
     provenance = Provenance(dataset.name, tolerance_mm, notes, hashes)
 
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "metrics.csv", _csv(summary).encode())
-    atomic_write(out / "metrics.json", _json(summary, provenance, pairs, measured).encode())
+    with write_problems(out):
+        out.mkdir(parents=True, exist_ok=True)
     views = worst_views(pairs, summary, record.plan)
-    write_report(out / "report.html", summary, provenance, views, record)
+    # all three or none: figures beside an older report would contradict it
+    with write_problems(out), TemporaryDirectory(prefix=".", dir=out) as temporary:
+        staged = Path(temporary)
+        atomic_write(staged / "metrics.csv", _csv(summary).encode())
+        atomic_write(staged / "metrics.json", _json(summary, provenance, pairs, measured).encode())
+        write_report(staged / "report.html", summary, provenance, views, record)
+        for name in OUTPUTS:
+            os.replace(staged / name, out / name)
+        sync_folder(out)
     return summary
 
 
@@ -122,7 +132,9 @@ def _classes(pairs: Sequence[Pair], dataset: Dataset, record: RunRecord) -> list
 
 
 def _ids(labels: np.ndarray) -> set[int]:
-    """The ids in an array, without the background; np.unique would sort every voxel."""
+    """The ids in an array, without the background; np.unique, which sorts, only for large ids."""
+    if labels.max(initial=0) > 2**20:
+        return set(np.unique(labels).tolist()) - {0}
     seen = np.zeros(int(labels.max(initial=0)) + 1, bool)
     seen[labels] = True
     return set(np.flatnonzero(seen).tolist()) - {0}
@@ -165,8 +177,13 @@ def _csv(summary: Summary) -> str:
             values = (getattr(organ, column) for column in columns)
             # numbers to 6 digits; undefined is an empty cell
             cells = (f"{value:.6g}" if isinstance(value, float) else value for value in values)
-            writer.writerow([case.name, case.subject, *cells])
+            writer.writerow(map(_inert, (case.name, case.subject, *cells)))
     return text.getvalue()
+
+
+def _inert(cell: object) -> object:
+    """A cell that no spreadsheet takes for a formula; a number may begin with its sign."""
+    return f"'{cell}" if re.match(r"[=+\-@](?![\d.]+(e|$))", str(cell)) else cell
 
 
 def _json(

@@ -105,8 +105,8 @@ def slices_figure(
     prediction: np.ndarray,
     spacing: Sequence[float],
     window: tuple[float, float] | None = None,
-) -> str:
-    """Three planes through an organ: truth solid, prediction dashed, on the image.
+) -> list[str]:
+    """Three planes through an organ, a picture each: truth solid, prediction dashed, on the image.
 
     All arrays are (x, y, z) in RAS+ axes, the masks boolean and not both empty; `spacing` in mm. `window` is
     the range of intensities from black to white; by default the 1st to 99th percentile of what is shown.
@@ -123,9 +123,14 @@ def slices_figure(
     box = zip(bounding_box(truth | prediction), margins, image.shape, strict=True)
     reach = [(max(0, one.start - margin), min(size, one.stop + margin)) for one, margin, size in box]
     low, high = window or np.percentile(image[tuple(slice(*r) for r in reach)], [1, 99])
-    with _figure(10.2, 3.75, face="#101418") as figure:
-        for place, (name, (cut, across, up, letters)) in enumerate(PLANES.items(), start=1):
-            axes = figure.add_subplot(1, 3, place)
+    handles = [
+        Line2D([], [], color=colour, linestyle=style, label=name)
+        for name, (_, colour, style) in drawn.items()
+    ]
+    pictures = []
+    for name, (cut, across, up, letters) in PLANES.items():
+        with _figure(3.4, 3.75, face="#101418") as figure:
+            axes = figure.add_subplot()
             plane = tuple(centre[a] if a == cut else slice(*reach[a]) for a in range(3))
             left, right, bottom, top = (edge * spacing[a] for a in (across, up) for edge in reach[a])
             extent = (left, right, bottom, top)
@@ -136,12 +141,10 @@ def slices_figure(
             axes.set_axis_off()
             axes.set_title(name, color="white", fontsize=9)
             _letters(axes, letters)
-        handles = [
-            Line2D([], [], color=colour, linestyle=style, label=name)
-            for name, (_, colour, style) in drawn.items()
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor="white")
-        return _webp(figure)
+            legend: dict[str, Any] = {"ncols": 2, "frameon": False, "labelcolor": "white"}
+            figure.legend(handles=handles, loc="outside lower center", **legend)
+            pictures.append(_webp(figure))
+    return pictures
 
 
 def organ_centre(mask: np.ndarray) -> tuple[int, int, int]:

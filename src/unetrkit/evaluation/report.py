@@ -68,8 +68,8 @@ def interval(estimate: Estimate) -> str:
     """The confidence interval of a share.
 
     >>> interval(Estimate(0.5, 0.4, 0.625, 9)), interval(Estimate(0.5, None, None, 1))
-    ('0.400–0.625', '')
+    ('0.400–0.625', '–')
     """
     if estimate.low is None or estimate.high is None:
-        return ""
+        return "–"
     return f"{estimate.low:.3f}–{estimate.high:.3f}"

@@ -14,6 +14,8 @@ import numpy as np
 from unetrkit.evaluation import bootstrap
 from unetrkit.evaluation.metrics import METRICS, OrganMetrics
 
+FEWEST = 3  # subjects for an interval; that of two only repeats their two values
+
 
 @dataclass(frozen=True)
 class CaseMetrics:
@@ -32,7 +34,7 @@ class CaseMetrics:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` values and its 95 % interval; None where undefined (one subject: no interval)."""
+    """A mean over `count` values and its 95 % interval; None where undefined (no interval of 2 subjects)."""
 
     mean: float | None
     low: float | None
@@ -86,7 +88,7 @@ def summarise(
     means = bootstrap.nan_mean(table, axis=0)
     resampled = bootstrap.bootstrap_means(table, subjects, resamples=resamples, seed=seed)
     low, high = bootstrap.interval(resampled)
-    alone = _distinct_subjects(table, subjects) < 2
+    alone = _distinct_subjects(table, subjects) < FEWEST
     low[alone] = high[alone] = np.nan
     counts = (~np.isnan(table)).sum(axis=0)
 
@@ -106,7 +108,7 @@ def summarise(
             )
         )
     overall_low, overall_high = bootstrap.interval(bootstrap.nan_mean(resampled, axis=1))
-    if len(set(subjects)) < 2:
+    if len(set(subjects)) < FEWEST:
         overall_low[:] = overall_high[:] = np.nan
     measured = (counts > 0).sum(axis=0)
     overall = _estimates(bootstrap.nan_mean(means, axis=0), overall_low, overall_high, measured)

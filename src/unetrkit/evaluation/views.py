@@ -19,11 +19,11 @@ WORST_CASES = 5
 
 @dataclass(frozen=True)
 class View:
-    """One case's picture (a data URI) and what it shows."""
+    """One case's pictures (data URIs) and what they show."""
 
     case: CaseMetrics
     organ: OrganMetrics
-    picture: str
+    pictures: list[str]
 
 
 def worst_views(pairs: Sequence[Pair], summary: Summary, plan: Plan | None) -> list[View]:
@@ -57,5 +57,5 @@ def _view(case: CaseMetrics, pair: Pair, plan: Plan | None) -> View:
     window = None
     if plan is not None and plan.intensity[0].kind == "window":  # percentiles say nothing about grey levels
         window = plan.intensity[0].lower, plan.intensity[0].upper
-    picture = figures.slices_figure(upright.array[0], *masks, spacing_of(upright.affine), window)
-    return View(case, organ, picture)
+    pictures = figures.slices_figure(upright.array[0], *masks, spacing_of(upright.affine), window)
+    return View(case, organ, pictures)
