@@ -15,7 +15,7 @@ setup: .venv/.installed
 	@echo 'done: activate with `source .venv/bin/activate`, then `unetrkit --help`'
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q --durations=10 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --durations=15 $(TESTS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
