@@ -150,4 +150,4 @@ class SwinEncoder(nn.Module):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        return [F.layer_norm(x, x.shape[-1:]).movedim(-1, 1).contiguous() for x in maps]  # b c x y z
+        return [F.layer_norm(x, x.shape[-1:]).movedim(-1, 1) for x in maps]  # b c x y z
