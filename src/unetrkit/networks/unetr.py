@@ -23,11 +23,13 @@ def takes(options: type) -> Callable[[Any], Any]:
     """
 
     def decorate(function: Any) -> Any:
+        hints = get_type_hints(function) | get_type_hints(options)
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = [*own, *inspect.signature(options).parameters.values()]
+        every = [*own, *inspect.signature(options).parameters.values()]
+        parameters = [p.replace(annotation=hints[p.name]) for p in every]
         function.__signature__ = signature.replace(parameters=parameters)
-        function.__annotations__ = get_type_hints(function) | get_type_hints(options)
+        function.__annotations__ = hints
         return function
 
     return decorate

@@ -91,9 +91,9 @@ class Stem(nn.Module):
 class Alignment(nn.Module):
     """A skip on its level's grid, projected among its own channels, each then of mean 0 and variance 1.
 
-    The study says "reshape + skip alignment" and shows no more; its committed code has none. Ours makes all
-    scales alike where they meet, in the decoder and in the fusion: left alone, one skip comes out of a
-    transposed convolution and the others out of a residual block.
+    The study says "reshape + skip alignment" and shows no more; its committed code has none. Ours makes the
+    scales alike where they meet, in the decoder and in the fusion. Left alone, the skip at 1/8 comes straight
+    from a transposed convolution, as loud as its tokens are: those of a tapped block have no norm.
     """
 
     def __init__(self, channels: int) -> None:
