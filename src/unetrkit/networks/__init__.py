@@ -12,10 +12,17 @@ from torch import nn
 from unetrkit.errors import UserError, nearest
 from unetrkit.networks.swin_unetr import swin_unetr
 from unetrkit.networks.unetr import unetr
+from unetrkit.networks.unetr_fpn import unetr_fpn
 
 # each is called with (in_channels, classes, image_size, **options)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unetr": unetr,
+    # the five rows of the study of an improved UNETR: each change alone, and all of them
+    "unetr_stem": partial(unetr_fpn, stem=True),
+    "unetr_light_vit": partial(unetr_fpn, light_vit=True),
+    "unetr_skip_alignment": partial(unetr_fpn, skip_alignment=True),
+    "unetr_fpn_fusion": partial(unetr_fpn, fpn_fusion=True),
+    "unetr_fpn": partial(unetr_fpn, stem=True, light_vit=True, skip_alignment=True, fpn_fusion=True),
     "swin_unetr_tiny": partial(swin_unetr, feature_size=12),
     "swin_unetr_small": partial(swin_unetr, feature_size=24),
     "swin_unetr_base": partial(swin_unetr, feature_size=48),

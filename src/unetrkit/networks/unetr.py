@@ -5,15 +5,37 @@ Hatamizadeh et al. 2022, https://arxiv.org/abs/2103.10504
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, check_rate, doubling
-from unetrkit.networks.vit import ViT
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, doubling
+from unetrkit.networks.vit import ViT, ViTSize
 
 
+def takes(options: type) -> Callable[[Any], Any]:
+    """Decorates a function whose `**` are the fields of the dataclass `options`: its signature names each.
+
+    From signatures the table of networks reads what it can be asked for, and so does `help`.
+    """
+
+    def decorate(function: Any) -> Any:
+        hints = get_type_hints(function) | get_type_hints(options)
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        every = [*own, *inspect.signature(options).parameters.values()]
+        parameters = [p.replace(annotation=hints[p.name]) for p in every]
+        function.__signature__ = signature.replace(parameters=parameters)
+        function.__annotations__ = hints
+        return function
+
+    return decorate
+
+
+@takes(ViTSize)
 def unetr(
     in_channels: int,
     classes: int,
@@ -21,52 +43,49 @@ def unetr(
     *,
     feature_size: int = 16,
     patch_embedding: Literal["conv", "perceptron"] = "conv",
-    taps: tuple[int, ...] = (3, 6, 9),
     dropout: float = 0.0,
     checkpointing: bool = False,
+    **size: Any,
 ) -> EncoderDecoder:
-    """UNETR with ViT-B/16: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
+    """UNETR, as it stands with ViT-B/16: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
 
-    Any size of 1 or more: the transformer sees the image padded to a multiple of 16, and the decoder crops
-    what it doubles to the image. Position embeddings are learned on `image_size`'s grid of patches and
-    interpolated for others.
+    Any size of 1 or more: the transformer sees the image padded to a multiple of the patch, and the decoder
+    crops what it doubles to the image. Position embeddings are learned on `image_size`'s grid of patches and
+    interpolated for others. A patch of 2**n voxels takes n doublings on the way back, 4 as published.
 
     Args:
         feature_size: channels at full resolution; they double at each level down.
         patch_embedding: how the embedding begins, see `PatchEmbedding`.
-        taps: the blocks, counted from 0, whose tokens become the skips at 1/2, 1/4 and 1/8. The
-            default is the published one: the 4th, 7th and 10th block, where the paper says 3rd, 6th and 9th.
         dropout: in the transformer.
         checkpointing: compute activations twice instead of keeping them.
+        size: the transformer's own options, see `ViTSize`; its taps become the skips from 1/2 down.
 
     Raises:
         UserError: an option has a value that the network cannot have.
     """
-    if feature_size < 1:
-        raise UserError(f"`feature_size` is {feature_size}", hint="1 or more is needed; published: 16 and 32")
-    if len(taps) != 3 or not 0 <= taps[0] < taps[1] < taps[2] < ViT.depth:
-        hint = f"three rising block numbers from 0 to {ViT.depth - 1} are needed, as in [3, 6, 9]"
-        raise UserError(f"`taps` is {list(taps)}", hint=hint)
-    check_rate("dropout", dropout)
     encoder = ViT(
         in_channels,
         image_size,
+        ViTSize(**size),
         patch_embedding=patch_embedding,
-        taps=taps,
         dropout=dropout,
         checkpointing=checkpointing,
     )
-    half, quarter, eighth, bottom = encoder.channels
-    f = feature_size
-    skip = [
-        ResidualBlock(in_channels, f),
-        grow(half, 2 * f, times=3),
-        grow(quarter, 4 * f, times=2),
-        grow(eighth, 8 * f, times=1),
-        nn.Identity(),
-    ]
-    decoder = Decoder((f, 2 * f, 4 * f, 8 * f, bottom), classes, checkpointing=checkpointing)
-    return EncoderDecoder(encoder, skip, decoder)
+    channels = decoder_channels(feature_size, encoder)
+    skip = skips(in_channels, channels)
+    return EncoderDecoder(encoder, skip, Decoder(channels, classes, checkpointing=checkpointing))
+
+
+def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
+    """Channels of the maps from full resolution down: doubled at each level, the encoder's at its own grid.
+
+    Raises:
+        UserError: a feature size below 1.
+    """
+    if feature_size < 1:
+        raise UserError(f"`feature_size` is {feature_size}", hint="1 or more is needed; published: 16 and 32")
+    levels = len(encoder.channels)
+    return (*(feature_size * 2**level for level in range(levels)), encoder.channels[-1])
 
 
 def grow(in_channels: int, out_channels: int, times: int) -> nn.Sequential:
@@ -75,3 +94,13 @@ def grow(in_channels: int, out_channels: int, times: int) -> nn.Sequential:
     for _ in range(times - 1):
         layers += [doubling(out_channels, out_channels), ResidualBlock(out_channels, out_channels)]
     return nn.Sequential(*layers)
+
+
+def skips(
+    in_channels: int, channels: Sequence[int], grow: Callable[[int, int, int], nn.Module] = grow
+) -> list[nn.Module]:
+    """From the image and the tokens' maps, all on the coarsest grid, to the decoder's maps of `channels`."""
+    full, *between, bottom = channels
+    skip: list[nn.Module] = [ResidualBlock(in_channels, full)]  # made first: a seed gives the weights it gave
+    skip += [grow(bottom, width, len(between) - level) for level, width in enumerate(between)]
+    return [*skip, nn.Identity()]

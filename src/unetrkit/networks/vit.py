@@ -5,13 +5,85 @@ Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import Mlp, pad_to_multiple, run
+from unetrkit.errors import UserError
+from unetrkit.networks.blocks import Mlp, check_rate, pad_to_multiple, run
+
+PATCHES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSize:
+    """How large a vision transformer is, and after which blocks it hands out maps; as it stands, ViT-B/16.
+
+    * depth, width, heads: the blocks, the channels of a token, the attention heads that share them
+    * mlp_ratio: the channels inside each block's MLP, as a multiple of `width`
+    * patch: the edge in voxels of the cube that becomes a token, one of `PATCHES`
+    * taps: the blocks, counted from 0, whose tokens are handed out too: one for each level between the image
+      and the patches, log2(patch) - 1. None given: evenly spaced, 3, 6, 9 of 12 and 2, 4, 6 of 8.
+
+    Raises:
+        UserError: sizes that are none, or that do not fit each other.
+
+    >>> ViTSize(depth=8, width=512, heads=8).tapped
+    (2, 4, 6)
+    """
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch: int = 16
+    taps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for option in ("depth", "width", "heads"):
+            if getattr(self, option) < 1:
+                raise UserError(f"`{option}` is {getattr(self, option)}", hint="1 or more is needed")
+        if self.width % self.heads:
+            hint = f"`width` is {self.width}, and each head takes an equal share of it"
+            raise UserError(f"`heads` is {self.heads}", hint=hint)
+        if not 1 <= self.width * self.mlp_ratio < inf:
+            hint = "the MLP has so many channels for each of a token's: 4 is usual"
+            raise UserError(f"`mlp_ratio` is {self.mlp_ratio}", hint=hint)
+        if self.patch not in PATCHES:
+            raise UserError(f"`patch` is {self.patch}", hint=f"one of {list(PATCHES)} is needed")
+        if self.depth < self.count:
+            hint = f"{self.count} or more are needed, for a `patch` of {self.patch} takes {self.count} `taps`"
+            raise UserError(f"`depth` is {self.depth}", hint=hint)
+        rising = all(before < after for before, after in pairwise((-1, *self.tapped, self.depth)))
+        if len(self.tapped) != self.count or not rising:
+            numbers = f"{self.count} rising block numbers from 0 to {self.depth - 1}"
+            raise UserError(f"`taps` is {list(self.taps)}", hint=f"{numbers} are needed, as in {self.even()}")
+
+    @property
+    def count(self) -> int:
+        """How many taps the patch needs."""
+        return self.patch.bit_length() - 2
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside each block's MLP."""
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """The blocks that are tapped."""
+        # UNETR's paper says the 3rd, 6th and 9th block; its code, and so everyone's weights, takes index 3, 6
+        # and 9 counted from 0: the 4th, 7th and 10th. Even spacing gives the same at depth 12.
+        return self.taps or tuple(self.even())
+
+    def even(self) -> list[int]:
+        """The evenly spaced taps."""
+        return [tap * self.depth // (self.count + 1) for tap in range(1, self.count + 1)]
 
 
 class PatchEmbedding(nn.Linear):
@@ -73,57 +145,83 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Image (b, c, x, y, z) -> maps (b, dim, x/16, y/16, z/16): after each block of `taps`, then the last.
+    """Image (b, c, x, y, z) -> maps (b, width, x/p, y/p, z/p): after each tapped block, then after the last.
 
-    Any size: the image is padded with zeros to a multiple of the patch, and position embeddings, learned on
-    `image_size`'s grid of patches, are interpolated to the image's grid. Only the last map is normed.
+    Any size: the image is padded with zeros to a multiple of the patch p, and position embeddings, learned on
+    `image_size`'s grid of patches, are interpolated to the image's grid. Only the last map is normed. The
+    network that owns it must `initialise` it: position embeddings start at 0 here.
+
+    Args:
+        image_size: the size that it will mostly see, in voxels.
+        stem: what the image passes first, on its way to the patches: the same channels on the same grid.
+        patch_embedding: how the embedding begins, see `PatchEmbedding`.
+        dropout: of the embedded tokens, and in attention and MLP.
+        checkpointing: compute activations twice instead of keeping them.
+
+    Raises:
+        UserError: a dropout that is no probability.
     """
-
-    patch = 16
-    dim = 768
-    depth = 12
-    heads = 12
 
     def __init__(
         self,
         in_channels: int,
         image_size: tuple[int, int, int],
+        size: ViTSize | None = None,
         *,
+        stem: nn.Module | None = None,
         patch_embedding: str = "conv",
-        taps: tuple[int, ...] = (3, 6, 9),
         dropout: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.grid = tuple(-(-size // self.patch) for size in image_size)
-        self.taps = taps
-        self.channels = (self.dim,) * (len(taps) + 1)
+        check_rate("dropout", dropout)
+        self.size = size = size or ViTSize()
+        self.grid = self.grid_of(image_size)
+        self.channels = (size.width,) * (len(size.tapped) + 1)
         self.dropout = dropout
         self.checkpointing = checkpointing
-        self.embedding = PatchEmbedding(in_channels, self.dim, self.patch, patch_embedding)
-        self.position = nn.Parameter(torch.empty(1, prod(self.grid), self.dim))
-        blocks = (Block(self.dim, self.heads, 4 * self.dim, dropout) for _ in range(self.depth))
+        self.stem = stem
+        self.embedding = PatchEmbedding(in_channels, size.width, size.patch, patch_embedding)
+        self.position = nn.Parameter(torch.zeros(1, prod(self.grid), size.width))
+        blocks = (Block(size.width, size.heads, size.hidden, dropout) for _ in range(size.depth))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(self.dim)
+        self.norm = nn.LayerNorm(size.width)
 
     def reset(self) -> None:
         nn.init.trunc_normal_(self.position, std=0.02)
 
+    def grid_of(self, image_size: Sequence[int]) -> tuple[int, ...]:
+        """How many patches cover an image along each axis."""
+        return tuple(-(-extent // self.size.patch) for extent in image_size)
+
     def positions(self, grid: tuple[int, ...]) -> Tensor:
-        """Position embeddings for a grid of patches, (1, n, dim)."""
+        """Position embeddings for a grid of patches, (1, n, width)."""
         if grid == self.grid:
             return self.position
         learned = self.position.transpose(1, 2).unflatten(2, self.grid)  # 1 c x y z
         return F.interpolate(learned, grid, mode="trilinear").flatten(2).transpose(1, 2)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def embed(self, image: Tensor) -> Tensor:
+        """The image's patches as tokens that know their place, (b, n, width), z fastest."""
+        if self.stem is not None:
+            image = run(self.stem, image, checkpointing=self.checkpointing)
         tokens = self.embedding(image)  # b x y z c
-        grid = tuple(tokens.shape[1:4])
-        x = F.dropout(tokens.flatten(1, 3) + self.positions(grid), self.dropout, self.training)  # b n c
-        maps = []
+        placed = tokens.flatten(1, 3) + self.positions(tuple(tokens.shape[1:4]))  # b n c
+        return F.dropout(placed, self.dropout, self.training)
+
+    def encode(self, tokens: Tensor) -> list[Tensor]:
+        """Embedded tokens (b, n, width) -> tokens after each tapped block, then after the last, normed.
+
+        They carry their place, so that a masked autoencoder encodes the visible ones alone, in any order:
+        `encode(embed(image)[:, visible])`.
+        """
+        outputs = []
         for index, block in enumerate(self.blocks):
-            x = run(block, x, checkpointing=self.checkpointing)
-            if index in self.taps:
-                maps.append(x)
-        maps.append(self.norm(x))
-        return [x.transpose(1, 2).unflatten(2, grid) for x in maps]  # b c x y z
+            tokens = run(block, tokens, checkpointing=self.checkpointing)
+            if index in self.size.tapped:
+                outputs.append(tokens)
+        return [*outputs, self.norm(tokens)]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        grid = self.grid_of(image.shape[2:])
+        return [x.transpose(1, 2).unflatten(2, grid) for x in self.encode(self.embed(image))]  # b c x y z
