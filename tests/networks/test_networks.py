@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from unetrkit.errors import UserError
 from unetrkit.networks import NETWORKS, build
-from unetrkit.networks.blocks import instance_norm
 from unetrkit.networks.vit import ViTSize
 
 CUBE = (96, 96, 96)
@@ -96,20 +95,6 @@ def test_any_size_trains_even_a_single_voxel(name: str, size: tuple[int, int, in
     assert logits.shape == (2, 3, *size)
     logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
-def test_instance_norm_of_one_voxel_is_zero() -> None:
-    x = torch.full((2, 3, 1, 1, 1), 7.0, requires_grad=True)
-    y = instance_norm(x)
-    y.sum().backward()
-    assert y.abs().max() == 0
-    assert x.grad is not None and x.grad.abs().max() == 0
-
-
-def test_instance_norm_equals_its_formula() -> None:
-    x = 5 + 3 * torch.randn(2, 3, 4, 5, 6, dtype=torch.double)
-    variance, mean = torch.var_mean(x, dim=(2, 3, 4), correction=0, keepdim=True)
-    torch.testing.assert_close(instance_norm(x), (x - mean) / (variance + 1e-5).sqrt())
 
 
 @pytest.mark.parametrize("name", NETWORKS)

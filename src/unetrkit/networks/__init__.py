@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from torch import nn
 
 from unetrkit.errors import UserError, nearest
+from unetrkit.networks.primus import primus
+from unetrkit.networks.swin_heads import swin_heads, swin_unetr_reconstruction
 from unetrkit.networks.swin_unetr import swin_unetr
 from unetrkit.networks.unetr import unetr
 from unetrkit.networks.unetr_fpn import unetr_fpn
+from unetrkit.networks.vit_autoencoder import vit_autoencoder
 
 # each is called with (in_channels, classes, image_size, **options)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -26,6 +29,18 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "swin_unetr_tiny": partial(swin_unetr, feature_size=12),
     "swin_unetr_small": partial(swin_unetr, feature_size=24),
     "swin_unetr_base": partial(swin_unetr, feature_size=48),
+    "primus_s": partial(primus, width=396, depth=12, heads=6),
+    "primus_b": partial(primus, width=792, depth=12, heads=12),
+    "primus_m": partial(primus, width=864, depth=16, heads=12),
+    "primus_l": partial(primus, width=1056, depth=24, heads=16),
+}
+
+# for scans without labels: each is called with (in_channels, image_size, **options); its `encoder` has the
+# names of the encoder of the network above that is fine-tuned from it
+PRETRAINING_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "vit_autoencoder": vit_autoencoder,  # -> unetr
+    "swin_heads": swin_heads,  # -> swin_unetr_*
+    "swin_unetr_reconstruction": partial(swin_unetr_reconstruction, feature_size=48),  # -> swin_unetr_*
 }
 
 
@@ -46,17 +61,36 @@ def build(
     ...
     unetrkit.errors.UserError: `swin_unetr_tny` is not a network
     """
-    if name not in NETWORKS:
-        raise UserError(f"`{name}` is not a network", hint=nearest(name, NETWORKS))
-    network = NETWORKS[name]
-    known = [p.name for p in inspect.signature(network).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    hints = get_type_hints(network.func if isinstance(network, partial) else network)
-    checked = {}
-    for option, value in options.items():
+    network = _named(name, NETWORKS)
+    return network(in_channels, classes, image_size, **_options(name, network, options))
+
+
+def build_pretraining(
+    name: str, in_channels: int, image_size: tuple[int, int, int], options: Mapping[str, Any]
+) -> nn.Module:
+    """A new network of `PRETRAINING_NETWORKS`; the rest as in `build`."""
+    network = _named(name, PRETRAINING_NETWORKS)
+    return network(in_channels, image_size, **_options(name, network, options))
+
+
+def _named(name: str, table: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    if name not in table:
+        raise UserError(f"`{name}` is not a network", hint=nearest(name, table))
+    return table[name]
+
+
+def _options(name: str, network: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the network's own types, or a UserError."""
+    known: dict[str, Any] = {}
+    for parameter in inspect.signature(network, eval_str=True).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            known[parameter.name] = parameter.annotation
+        elif parameter.kind is parameter.VAR_KEYWORD:  # **name: Unpack[a TypedDict]
+            known |= get_type_hints(get_args(parameter.annotation)[0])
+    for option in options:
         if option not in known:
             raise UserError(f"`{option}` is not an option of `{name}`", hint=nearest(option, known))
-        checked[option] = _checked(option, value, hints[option])
-    return network(in_channels, classes, image_size, **checked)
+    return {option: _checked(option, value, known[option]) for option, value in options.items()}
 
 
 def _checked(option: str, value: Any, kind: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import Mlp, pad_to_multiple, run
+from unetrkit.networks.blocks import Mlp, ResidualBlock, pad_to_multiple, run
 from unetrkit.networks.windows import Windows, attend, relative_index, windows
 
 # the corners of a cube of 2 x 2 x 2 tokens, in the order in which `PatchMerging` joins their channels
@@ -98,15 +98,24 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, every second one shifted, then merging: (b, x, y, z, c) -> (b, x/2, y/2, z/2, 2c)."""
+    """Blocks, every second one shifted, then merging: (b, x, y, z, c) -> (b, x/2, y/2, z/2, 2c).
 
-    def __init__(self, blocks: list[Block], merging: PatchMerging, *, checkpointing: bool) -> None:
+    `conv` is what the second version of Swin UNETR has before them, a residual block of convolutions.
+    """
+
+    def __init__(
+        self, conv: nn.Module | None, blocks: list[Block], merging: PatchMerging, *, checkpointing: bool
+    ) -> None:
         super().__init__()
+        self.conv = conv
         self.blocks = nn.ModuleList(blocks)
         self.merging = merging
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            convolved = run(self.conv, x.movedim(-1, 1), checkpointing=self.checkpointing)
+            x = convolved.movedim(1, -1).contiguous()
         for block in self.blocks:
             x = run(block, x, checkpointing=self.checkpointing)
         merged: Tensor = self.merging(x)
@@ -129,6 +138,7 @@ class SwinEncoder(nn.Module):
         *,
         merging: str = "full",
         relative_positions: str = "exact",
+        residual_stages: bool = False,
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
@@ -142,7 +152,8 @@ class SwinEncoder(nn.Module):
                 Block(dim, heads, shifted=shifted, relative_positions=relative_positions, drop_path=rate)
                 for shifted, rate in zip((False, True), rates[2 * level :], strict=False)
             ]
-            self.stages.append(Stage(blocks, PatchMerging(dim, merging), checkpointing=checkpointing))
+            conv = ResidualBlock(dim, dim) if residual_stages else None
+            self.stages.append(Stage(conv, blocks, PatchMerging(dim, merging), checkpointing=checkpointing))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.embedding(pad_to_multiple(image, 2)).movedim(1, -1)  # b x y z c

@@ -22,6 +22,7 @@ def swin_unetr(
     feature_size: int = 24,
     merging: Literal["full", "published"] = "full",
     relative_positions: Literal["exact", "sliced"] = "exact",
+    residual_stages: bool = False,
     drop_path: float = 0.0,
     checkpointing: bool = False,
 ) -> EncoderDecoder:
@@ -35,6 +36,7 @@ def swin_unetr(
         merging: how 2 x 2 x 2 tokens are joined, see `CORNERS`; published weights need "published".
         relative_positions: how windows smaller than 7 read the bias table, see `relative_index`; published
             weights need "sliced".
+        residual_stages: the second version: two convolutions with a residual path before each stage.
         drop_path: probability that the last block is dropped in training; it rises from 0 at the first.
         checkpointing: compute activations twice instead of keeping them.
 
@@ -49,6 +51,7 @@ def swin_unetr(
         feature_size,
         merging=merging,
         relative_positions=relative_positions,
+        residual_stages=residual_stages,
         drop_path=drop_path,
         checkpointing=checkpointing,
     )

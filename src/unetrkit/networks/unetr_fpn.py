@@ -14,7 +14,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, Up, conv, instance_norm, run
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, Up, conv, run
+from unetrkit.networks.norm import instance_norm_
 from unetrkit.networks.unetr import decoder_channels, grow, skips, takes
 from unetrkit.networks.vit import ViT, ViTSize
 
@@ -84,7 +85,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv3d(16, channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        output: Tensor = self.conv2(F.relu(instance_norm(self.conv1(image)), inplace=True))
+        output: Tensor = self.conv2(F.relu(instance_norm_(self.conv1(image)), inplace=True))
         return output
 
 
@@ -101,7 +102,7 @@ class Alignment(nn.Module):
         self.projection = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return instance_norm(self.projection(x))
+        return instance_norm_(self.projection(x))
 
 
 def grow_aligned(in_channels: int, out_channels: int, times: int) -> nn.Sequential:
