@@ -231,21 +231,13 @@ def evaluate(
 @app.command()
 def info(
     what: Annotated[str, typer.Argument(help="recipes, environment, networks or weights.")] = "recipes",
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="Of weights: a published file, a MONAI bundle, a run, a model or a checkpoint."),
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="Of weights: a file, bundle, run or model.")] = None,
     override: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="in_channels=4, classes=3, image_size=96,96,96, …"),
     ] = None,
-    network: Annotated[
-        str | None, typer.Option(help="Of weights: the network to read them into; by default their own.")
-    ] = None,
-    trust: Annotated[
-        bool,
-        typer.Option("--trust", help="Let torch compile a TorchScript archive where it must."),
-    ] = False,
+    network: Annotated[str | None, typer.Option(help="Read weights into this one, not their own.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let torch compile a TorchScript archive.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes or the networks, say what this machine has, or audit a file of weights.
@@ -253,16 +245,17 @@ def info(
     Example: unetrkit info weights model_swinvit.pt
     """
     if what == "weights":
+        from unetrkit.training.initial import inspect_weights
+
         if file is None:
-            raise UserError(
-                "`info weights` needs a file", hint="as in `unetrkit info weights model_swinvit.pt`"
-            )
-        _info_weights(file, network, override or [], trust=trust, as_json=as_json)
+            raise UserError("`info weights` needs a file", hint="as in `unetrkit info weights model.pt`")
+        found = inspect_weights(file, network, override or [], trust=trust)
+        print(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+        say(f"next: {found.command}")
         return
     if file is not None or network is not None or trust:
-        raise UserError(
-            f"`info {what}` takes no more words", hint="`unetrkit info weights FILE` takes a file"
-        )
+        hint = "a file and its options belong to `unetrkit info weights`"
+        raise UserError(f"`info {what}` takes no more words", hint=hint)
     if what == "networks":
         from unetrkit.networks.cost import cost_table, costs
 
@@ -273,25 +266,6 @@ def info(
     rows = describe(what)
     lines = (f"{name:20} {text}" for name, text in rows.items())
     print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
-
-
-def _info_weights(
-    file: Path, network: str | None, override: list[str], *, trust: bool, as_json: bool
-) -> None:
-    from unetrkit.training.initial import inspect_weights
-
-    initial, audit, command = inspect_weights(file, network, override, trust=trust)
-    weights, own = initial.weights, initial.identity
-    if as_json:
-        about = {"file": str(weights.path), "kind": weights.kind, "sha256": initial.sha256}
-        belongs = {"network": own.network, "in_channels": own.in_channels, "classes": own.classes}
-        belongs |= {"image_size": own.image_size, "options": own.options}
-        print(json.dumps(about | {"holds": belongs} | audit.to_dict() | {"next": command}, indent=1))
-        return
-    print(f"file      {weights.path}: {weights.kind}, SHA-256 {initial.sha256[:16]}…")
-    print(f"holds     {own.words()}")
-    print(audit.table())
-    say(f"next: {command}")
 
 
 def _quoted(path: Path) -> str:

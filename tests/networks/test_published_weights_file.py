@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
+from unetrkit.networks import weights_file
 from unetrkit.networks.torchscript import read_torchscript
 from unetrkit.networks.weights_file import read_weights
 
@@ -125,7 +126,13 @@ def test_torchscript_is_read_without_torch_s_loader(
         assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
 
 
-def test_a_torchscript_archive_that_needs_its_code_needs_trust(tmp_path: Path) -> None:
+def read_torchscript_not(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    raise ValueError("it is odd")
+
+
+def test_a_torchscript_archive_that_needs_its_code_needs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = nn.Linear(4, 4)
     torch.jit.save(torch.jit.script(net), tmp_path / "whole.pt")
     with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "odd.pt", "w") as odd:
@@ -139,7 +146,11 @@ def test_a_torchscript_archive_that_needs_its_code_needs_trust(tmp_path: Path) -
     ) as no:
         read_weights(tmp_path / "odd.pt")
     assert "--trust" in no.value.hint and "init_trust=true" in no.value.hint
-    found = read_weights(tmp_path / "odd.pt", trust=True)
+    with monkeypatch.context() as patched:  # one that torch can read and we cannot
+        patched.setattr(weights_file, "read_torchscript", read_torchscript_not)
+        with pytest.raises(UserError, match="without running its code: it is odd"):
+            read_weights(tmp_path / "whole.pt")
+        found = read_weights(tmp_path / "whole.pt", trust=True)
     assert torch.equal(found.tensors["weight"], net.weight)
 
 

@@ -7,9 +7,10 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor
 
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 
 Grid = tuple[int, ...]
+OTHER = "has another shape in this network"
 
 
 def adapt(
@@ -34,10 +35,10 @@ def adapt(
     channels = _channels(name, weight, shape)
     if channels is not None:
         before, after = channels
-        return change_channels(weight, before, after), f"from {before} input channels to {after}"
-    if name.startswith("decoder.head."):
+        return change_channels(weight, before, after), f"from {many(before, 'input channel')} to {after}"
+    if name.startswith("decoder.head.") and weight.shape[1:] == shape[1:]:
         raise ValueError(f"is for {weight.shape[0]} classes, not {shape[0]}")
-    raise ValueError(f"is {tuple(weight.shape)}, the network's is {tuple(shape)}")
+    raise ValueError(OTHER)
 
 
 def change_channels(weight: Tensor, before: int, after: int) -> Tensor:
@@ -71,7 +72,7 @@ def resize_bias_table(table: Tensor, shape: Grid) -> Tensor:
     """
     sides = [round(rows ** (1 / 3)) for rows in (table.shape[0], shape[0])]
     if table.shape[1] != shape[1] or [side**3 for side in sides] != [table.shape[0], shape[0]]:
-        raise ValueError(f"is {tuple(table.shape)}, the network's is {tuple(shape)}")
+        raise ValueError(OTHER)
     cubes = table.t().unflatten(1, (sides[0],) * 3)[None].float()  # 1 h x y z
     size = (sides[1],) * 3
     return F.interpolate(cubes, size, mode="trilinear", align_corners=True)[0].flatten(1).t()

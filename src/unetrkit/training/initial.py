@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from unetrkit.networks.published import SWIN_LAYOUTS, Named, rename
 from unetrkit.networks.weights_file import Weights, read_weights
 from unetrkit.training import checkpoint
 
+MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
 PATCH = 16  # voxels a side, of UNETR's grid of patches
 Size = tuple[int, int, int]
 NEWER = "if MONAI 1.5 or newer trained these, say `network_options.merging=full`: the file cannot tell"
@@ -87,7 +88,7 @@ def begin(network: nn.Module, name: str, initial: Initial, minimum: float) -> Au
         share, (count, total) = audit.encoder_share, audit.encoder
         message = f"`{path}` has {count:,} of the {total:,} encoder parameters of `{name}`"
         hint = f"it holds {own.words()}; `unetrkit info weights FILE --network {name}` says what "
-        hint += f"does not fit; `init_minimum={floor(100 * share) / 100}` begins all the same"
+        hint += f"does not fit; `init_minimum={_allowing(audit)}` begins all the same"
         raise UserError(f"{message}: {share:.1%}, less than {minimum:.1%}", hint=hint)
     missing, unexpected = network.load_state_dict(state, strict=False)
     if unexpected or {*missing} != {entry.name for entry in audit.missing}:
@@ -107,9 +108,31 @@ def provenance(initial: Initial, audit: Audit, options: Mapping[str, Any]) -> di
     }
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What `unetrkit info weights` tells: the file, its audit against a network, the command that trains."""
+
+    initial: Initial
+    audit: Audit
+    command: str
+
+    def table(self) -> str:
+        """For people."""
+        weights = self.initial.weights
+        file = f"file      {weights.path}: {weights.kind}, SHA-256 {self.initial.sha256[:16]}…"
+        return "\n".join([file, f"holds     {self.initial.identity.words()}", self.audit.table()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        weights = self.initial.weights
+        about = {"file": str(weights.path), "kind": weights.kind, "sha256": self.initial.sha256}
+        holds = {"holds": asdict(self.initial.identity), "next": self.command}
+        return about | holds | self.audit.to_dict()
+
+
 def inspect_weights(
-    path: Path, network: str | None, overrides: Sequence[str], *, trust: bool
-) -> tuple[Initial, Audit, str]:
+    path: Path, network: str | None, overrides: Sequence[str], *, trust: bool = False
+) -> Inspection:
     """The audit of a file against a network (by default its own), and the command that trains from it.
 
     overrides: `in_channels=`, `classes=`, `image_size=`, `init_size=` and the network's options.
@@ -122,7 +145,7 @@ def inspect_weights(
     image_size = _size(values.pop("image_size", None), "image_size") or size or own.image_size or (96, 96, 96)
     in_channels = _count(values.pop("in_channels", own.in_channels), "in_channels")
     classes = _count(values.pop("classes", own.classes or 2), "classes")
-    taken = own.options if network is None else {}
+    taken = own.options if name == own.network else {}
     options = {**options_for(name, taken), **initial.options(name), **values}
     with torch.device("meta"):
         built = build(name, in_channels, classes, image_size, options)
@@ -133,8 +156,17 @@ def inspect_weights(
         said.append("init_size=" + ",".join(map(str, size)))
     if trust:
         said.append("init_trust=true")
+    if audit.encoder_share < MINIMUM:
+        said.append(f"init_minimum={_allowing(audit)}")
+        note = f"training wants {MINIMUM:.0%} of an encoder, unless `init_minimum` says less"
+        audit = replace(audit, notes=(*audit.notes, note))
     command = " ".join(["unetrkit train", name, f"init={shlex.quote(str(path))}", *said, "data=STORE"])
-    return initial, audit, command
+    return Inspection(initial, audit, command)
+
+
+def _allowing(audit: Audit) -> float:
+    """The `init_minimum` that lets this file pass."""
+    return floor(100 * audit.encoder_share) / 100
 
 
 def _open(path: Path, trust: bool) -> Weights:

@@ -25,7 +25,7 @@ from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
 from unetrkit.training import checkpoint
-from unetrkit.training.initial import begin, open_initial, provenance
+from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
 from unetrkit.training.learner import Batch, build_learner, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State, fit
@@ -54,7 +54,7 @@ class TrainSettings(Settings):
     # published weights, a MONAI bundle, or a model, run or checkpoint of ours; null: random weights
     init: Path | None = None
     # the least share of the encoder's parameters that must come from there
-    init_minimum: float = Field(default=0.99, ge=0, le=1)
+    init_minimum: float = Field(default=MINIMUM, ge=0, le=1)
     # let torch compile a TorchScript archive that cannot be read otherwise; its code may run
     init_trust: bool = False
     # the size in voxels that its position embeddings were trained at, where it does not tell
