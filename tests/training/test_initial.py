@@ -102,6 +102,7 @@ def test_a_run_of_ours_is_a_beginning_with_its_quirks(
     initial = open_initial(tuned / what)
     assert initial.options("swin_unetr_tiny") == {"merging": "published", "relative_positions": "sliced"}
     assert initial.identity.words() == "swin_unetr_tiny, 1 channel, 3 classes"
+    assert "needs     merging=published" in inspect_weights(tuned / what, None, []).table().splitlines()
     if what:
         return
     train(settings(store, tmp_path / "run", f"init={tuned}", *ONE_STEP, *STILL))

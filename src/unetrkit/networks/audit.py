@@ -85,7 +85,8 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
     for name, weight in named.tensors.items():
         theirs, shape = named.theirs[name], tuple(weight.shape)
         if name not in wanted:
-            reason = STRAY if name.endswith(".shortcut.weight") else "is no part of this network"
+            stray = named.layout.key != "ours" and name.endswith(".shortcut.weight")
+            reason = STRAY if stray else "is no part of this network"
             skipped.append(Entry(theirs, shape, reason))
             continue
         if not weight.is_floating_point():

@@ -41,11 +41,15 @@ class Initial:
     sha256: str
     size: Size | None
 
+    @property
+    def needs(self) -> dict[str, Any]:
+        """The options of the network that these weights were trained in, as far as they are known."""
+        own = self.weights.description.get("options", {})
+        return self.named.options | {name: value for name, value in own.items() if name not in OF_TRAINING}
+
     def options(self, network: str) -> dict[str, Any]:
         """What `network` must be for these weights to mean what they meant."""
-        own = self.weights.description.get("options", {})
-        quirks = {name: value for name, value in own.items() if name not in OF_TRAINING}
-        return options_for(network, {**self.named.options, **quirks})
+        return options_for(network, self.needs)
 
     def match(self, network: nn.Module) -> tuple[dict[str, torch.Tensor], Audit]:
         """The weights that fit `network`, and what became of each."""
@@ -56,7 +60,7 @@ class Initial:
             notes.append(
                 "also in the file, not read: " + ", ".join(f"`{n}`" for n in self.weights.beside[:8])
             )
-        return state, replace(audit, notes=tuple(notes))
+        return state, replace(audit, options=self.needs, notes=tuple(notes))
 
 
 def open_initial(path: Path, *, trust: bool = False, size: Size | None = None) -> Initial:
