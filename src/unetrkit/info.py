@@ -1,4 +1,4 @@
-"""What `unetrkit info` tells, without importing torch: the recipes and the environment."""
+"""What `unetrkit info` tells without importing torch: the recipes and the environment."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import metadata
 
 from unetrkit.errors import UserError, nearest
 
+TOPICS = ("recipes", "environment", "networks", "weights")
 REPORTED = ("unetrkit", "torch", "numpy", "scipy", "nibabel", "blosc2", "SimpleITK", "pydicom")
 
 
@@ -35,5 +36,5 @@ def describe(what: str) -> dict[str, str]:
 
     tables = {"recipes": lambda: dict(recipes()), "environment": environment}
     if what not in tables:
-        raise UserError(f"`{what}` is nothing that info knows", hint=nearest(what, tables))
+        raise UserError(f"`{what}` is nothing that info knows", hint=nearest(what, TOPICS))
     return tables[what]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.networks.published_files import published_merging, shaken
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
@@ -19,12 +20,7 @@ def seeded() -> None:
 def swin(**options: object) -> nn.Module:
     from monai.networks.nets import SwinUNETR
 
-    network = SwinUNETR(in_channels=2, out_channels=3, feature_size=12, **options)
-    with torch.no_grad():  # MONAI starts these at zero or one, where mistakes do not show
-        for name, parameter in network.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return network
+    return shaken(SwinUNETR(in_channels=2, out_channels=3, feature_size=12, **options))
 
 
 def ours_like(theirs: nn.Module, name: str, size: tuple[int, int, int], **options: object) -> nn.Module:
@@ -36,18 +32,6 @@ def ours_like(theirs: nn.Module, name: str, size: tuple[int, int, int], **option
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
-
-
-def published_merging() -> type[nn.Module]:
-    """What MONAI's patch merging was before 1.5."""
-    from monai.networks.nets.swin_unetr import PatchMerging
-
-    class Old(PatchMerging):
-        def forward(self, x: Tensor) -> Tensor:
-            starts = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
-            return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in starts], -1)))
-
-    return Old
 
 
 # stage 1 has 16 to 48 tokens an axis, none a multiple of 7; stages 3 and 4 have windows smaller than 7

@@ -6,6 +6,7 @@ import json
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, JsonValue
@@ -24,6 +25,7 @@ from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
 from unetrkit.training import checkpoint
+from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
 from unetrkit.training.learner import Batch, build_learner, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State, fit
@@ -34,6 +36,7 @@ from unetrkit.training.validation import Validation, ValidationSettings
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+FREE |= {"init_minimum", "init_trust"}
 
 LOCK = ".train.lock"
 
@@ -48,6 +51,14 @@ class TrainSettings(Settings):
     network: str
     # what the network's own entry in `networks` takes
     network_options: dict[str, JsonValue] = Field(default_factory=dict)
+    # published weights, a MONAI bundle, or a model, run or checkpoint of ours; null: random weights
+    init: Path | None = None
+    # the least share of the encoder's parameters that must come from there
+    init_minimum: float = Field(default=MINIMUM, ge=0, le=1)
+    # let torch compile a TorchScript archive that cannot be read otherwise; its code may run
+    init_trust: bool = False
+    # the size in voxels that its position embeddings were trained at, where it does not tell
+    init_size: tuple[int, int, int] | None = None
     # null: the data list's own validation cases, else fold 0
     fold: int | None = Field(default=None, ge=0)
     sampling: SamplingSettings = SamplingSettings()
@@ -91,18 +102,32 @@ class Patches:
 def train(settings: TrainSettings) -> State:
     """Trains a network, or goes on where the same command stopped; a finished run stays as it is.
 
+    What the weights of `init` need to mean what they meant becomes an option of the network, unless
+    `network_options` says otherwise. A run that goes on does not read them again.
+
     Writes config.yaml (all settings), run.json (plan, cases and their hashes), metrics.jsonl, the checkpoints
     `last` and `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError
     for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
     store = Store.open(settings.data)
     out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
-    settings = settings.model_copy(update={"data": settings.data.resolve(), "out": out.resolve()})
+    init = settings.init and settings.init.resolve()
+    settings = settings.model_copy(
+        update={"data": settings.data.resolve(), "out": out.resolve(), "init": init}
+    )
     training, validation = split_cases(store.cases, settings.fold)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
     torch.manual_seed(settings.loop.seed)
-    options = dict(settings.network_options)
+    begun, initial, options = _begun_with(out), None, dict(settings.network_options)
+    if init is not None and begun is None:
+        initial = open_initial(init, trust=settings.init_trust, size=settings.init_size)
+        options = initial.options(settings.network) | options
+    elif begun is not None:
+        options = begun["options"] | options
     network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
+    if initial is not None:
+        audit = begin(network, settings.network, initial, settings.init_minimum)
+        begun = provenance(initial, audit, initial.options(settings.network))
     device = device_of(settings.loop.device)
     measured = validation[: settings.validation.cases]
     measure = Validation(
@@ -120,6 +145,7 @@ def train(settings: TrainSettings) -> State:
         "training": names,
         "validation": [case.name for case in validation],
         "sources": {case.name: case.source for case in training + validation},
+        **({"init": begun} if begun else {}),
     }
 
     def export(objective: nn.Module, state: State) -> None:
@@ -130,7 +156,13 @@ def train(settings: TrainSettings) -> State:
             image_size=patch,
             options=options,
             plan=plan,
-            origin={"run": out.name, "fold": settings.fold, "step": state.best_step, **state.best},
+            origin={
+                "run": out.name,
+                "fold": settings.fold,
+                "step": state.best_step,
+                **state.best,
+                **({"init": begun} if begun else {}),
+            },
         )
 
     _make_folder(out)
@@ -138,6 +170,9 @@ def train(settings: TrainSettings) -> State:
         _open(out, settings, record)
         some = f"{len(measured)} of " if len(measured) < len(validation) else ""
         say(f"{settings.network} on {len(training)} cases, validated on {some}{len(validation)}, in {out}")
+        if initial is not None:
+            for line in (f"begins with `{init}`", *audit.summary(), *audit.notes):
+                say(line)
         objective = Segmentation(network, settings.loss)
         state = fit(
             objective,
@@ -161,6 +196,16 @@ def train(settings: TrainSettings) -> State:
     return state
 
 
+def _begun_with(out: Path) -> dict[str, Any] | None:
+    """What a run that has a checkpoint began with, as its record says; None for random weights."""
+    record = out / "run.json"
+    if not record.exists() or not any((out / name).exists() for name in ("last", "previous")):
+        return None
+    began = read_json(record)
+    found = began.get("init") if isinstance(began, dict) else None
+    return found if isinstance(found, dict) and isinstance(found.get("options"), dict) else None
+
+
 def _make_folder(out: Path) -> None:
     """Raises UserError where something else than a run is there already."""
     if out.exists() and not (out / "config.yaml").exists():
@@ -182,6 +227,11 @@ def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> 
             )
         began = read_json(record) if record.exists() else made_of
         for name, value in json.loads(json.dumps({**made_of})).items():
+            if name == "init" and isinstance(began, dict) and began.get(name) != value:
+                raise UserError(
+                    f"`{settings.init}` is not the file that the run in `{out}` began with",
+                    hint="another `out` begins a new run",
+                )
             if not isinstance(began, dict) or began.get(name) != value:
                 what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
                 what = what or f"other {name} cases"

@@ -1,0 +1,80 @@
+"""Which network a file of weights belongs to, as its shapes tell."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unetrkit.errors import UserError
+from unetrkit.networks import NETWORKS
+from unetrkit.networks.published import Named
+
+SWIN_SIZES = {12: "swin_unetr_tiny", 24: "swin_unetr_small", 48: "swin_unetr_base"}
+# how a network is trained, not what it is: not taken over from a model
+OF_TRAINING = {"checkpointing", "dropout", "drop_path"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `networks.build` would make the file's own network from; None is what the file does not say."""
+
+    network: str
+    in_channels: int
+    classes: int | None
+    image_size: tuple[int, int, int] | None
+    options: dict[str, Any]
+
+    def words(self) -> str:
+        """`swin_unetr_base, 1 channel, 14 classes`."""
+        channels = "1 channel" if self.in_channels == 1 else f"{self.in_channels} channels"
+        classes = "no output layer" if self.classes is None else f"{self.classes} classes"
+        return f"{self.network}, {channels}, {classes}"
+
+
+def identify(named: Named, description: Mapping[str, Any]) -> Identity:
+    """The network of these weights. `description`: what a model of ours says of itself, else empty.
+
+    Raises UserError where they have no patch embedding to tell by.
+    """
+    tensors = named.tensors
+    head, first = tensors.get("decoder.head.weight"), tensors.get("skip.0.conv1.weight")
+    embedding = tensors.get("encoder.embedding.weight")
+    if embedding is None or embedding.ndim < 2:
+        hint = "expected the weights of an encoder, complete"
+        raise UserError(f"the weights (layout {named.layout.key}) have no patch embedding", hint=hint)
+    swin = any(name.startswith("encoder.stages.") for name in tensors)
+    size: list[int] = description.get("image_size") or []
+    options = {**named.options, **description.get("options", {})}
+    if swin:
+        width = embedding.shape[0]
+        network = SWIN_SIZES.get(width, "swin_unetr_base")
+        if width not in SWIN_SIZES:
+            options.setdefault("feature_size", width)
+    else:
+        network = "unetr"
+        if first is not None and first.shape[0] != 16:
+            options.setdefault("feature_size", first.shape[0])
+        position = tensors.get("encoder.position")
+        side = round((position.shape[1] if position is not None and position.ndim == 3 else 0) ** (1 / 3))
+        if not size and side and position is not None and side**3 == position.shape[1]:
+            size = [16 * side] * 3
+    return Identity(
+        str(description.get("network", network)),
+        embedding.shape[1] if swin else max(1, embedding.shape[1] // 16**3),
+        None if head is None else head.shape[0],
+        (size[0], size[1], size[2]) if len(size) == 3 else None,
+        {name: value for name, value in options.items() if name not in OF_TRAINING},
+    )
+
+
+def options_for(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that `network` has; all of them where it is not in the table, which `build` says."""
+    if network not in NETWORKS:
+        return dict(options)
+    parameters = inspect.signature(NETWORKS[network]).parameters
+    # a Swin UNETR without an option that its weights need is an error, which `build` raises
+    if "merging" in parameters and "merging" in options:
+        return dict(options)
+    return {name: value for name, value in options.items() if name in parameters}

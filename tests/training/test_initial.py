@@ -1,0 +1,171 @@
+"""A run that begins with published weights or a run of ours: what it takes over, records, refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.networks import published_files as files
+from tests.training.test_run import settings, store  # noqa: F401
+from torch import Tensor
+
+from unetrkit.data.files import sha256_file
+from unetrkit.errors import UserError
+from unetrkit.inference.model import load_model
+from unetrkit.training import checkpoint
+from unetrkit.training import run as run_module
+from unetrkit.training.initial import inspect_weights, open_initial
+from unetrkit.training.run import train
+
+ONE_STEP = ("loop.steps=1", "loop.validate_every=1")
+# one step at such a rate moves no weight by more than this
+STILL = ("optim.lr=1e-12", "optim.warmup=0")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model_swinvit.pt` at feature size 12."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("published") / "model_swinvit.pt"
+    torch.save(files.layout_b(files.swin(1, 14).state_dict()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(store: Path, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("runs") / "tuned"
+    train(settings(store, out, f"init={published}", *ONE_STEP, *STILL))
+    return out
+
+
+def encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+
+
+def test_a_run_begins_with_the_file_s_encoder_and_records_it(published: Path, tuned: Path) -> None:
+    model = load_model(tuned)
+    expected = encoder(open_initial(published).named.tensors)
+    found = encoder(model.network.state_dict())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    assert model.description["options"] == {"merging": "published", "relative_positions": "sliced"}
+    record = {
+        "file": "model_swinvit.pt",
+        "sha256": sha256_file(published),
+        "layout": "B",
+        "options": {"merging": "published", "relative_positions": "sliced"},
+        "encoder_share": 1.0,
+        "decoder_share": 0.0,
+    }
+    assert model.description["origin"]["init"] == record
+    assert json.loads((tuned / "run.json").read_text())["init"] == record
+
+
+def test_a_run_goes_on_without_the_file(
+    store: Path,  # noqa: F811
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "weights.pt"
+    copy.write_bytes(published.read_bytes())
+    words = (f"init={copy}", "loop.validate_every=1", "optim.schedule=constant")
+    train(settings(store, tmp_path / "run", *words, "loop.steps=1"))
+    said = capsys.readouterr().err
+    assert "layout B" in said and "encoder: 100.0 % of 694,998 parameters; decoder: 0.0 %" in said
+    copy.unlink()
+    monkeypatch.setattr(run_module, "open_initial", None)
+    train(settings(store, tmp_path / "run", *words, "loop.steps=2", "init_minimum=0.5"))
+    assert load_model(tmp_path / "run").description["options"]["merging"] == "published"
+    with pytest.raises(UserError, match=r"its `init` is .*not null"):
+        train(settings(store, tmp_path / "run", *words[1:], "loop.steps=2"))
+
+
+def test_what_the_user_says_goes_before_the_file(store: Path, published: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = (f"init={published}", "network_options.merging=full", *ONE_STEP)
+    train(settings(store, tmp_path / "run", *words))
+    options = load_model(tmp_path / "run").description["options"]
+    assert options == {"merging": "full", "relative_positions": "sliced"}
+
+
+@pytest.mark.parametrize("what", ["", "model", "last", "best"])
+def test_a_run_of_ours_is_a_beginning_with_its_quirks(
+    store: Path,  # noqa: F811
+    tuned: Path,
+    tmp_path: Path,
+    what: str,
+) -> None:
+    initial = open_initial(tuned / what)
+    assert initial.options("swin_unetr_tiny") == {"merging": "published", "relative_positions": "sliced"}
+    assert initial.identity.words() == "swin_unetr_tiny, 1 channel, 3 classes"
+    assert "needs     merging=published" in inspect_weights(tuned / what, None, []).table().splitlines()
+    if what:
+        return
+    train(settings(store, tmp_path / "run", f"init={tuned}", *ONE_STEP, *STILL))
+    found, expected = (load_model(run).network.state_dict() for run in (tmp_path / "run", tuned))
+    for name, tensor in expected.items():  # the head too: it has as many classes
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    origin = load_model(tmp_path / "run").description["origin"]["init"]
+    assert (origin["layout"], origin["encoder_share"], origin["decoder_share"]) == ("ours", 1.0, 1.0)
+
+
+def test_a_checkpoint_without_a_model_beside_it_keeps_its_quirks(tuned: Path, tmp_path: Path) -> None:
+    for name in ("last", "config.yaml", "run.json"):
+        (tmp_path / name).write_bytes((tuned / name).read_bytes())
+    options = open_initial(tmp_path / "last").options("swin_unetr_tiny")
+    assert options == {"merging": "published", "relative_positions": "sliced"}
+
+
+def test_too_little_of_an_encoder_is_refused(store: Path, published: Path, tmp_path: Path) -> None:  # noqa: F811
+    for words, message in {
+        ("network_options.feature_size=24",): r"has .* of the 2,171,466 encoder .* less than 99\.0%",
+        ("network=unetr",): r"has 0 of the 8\d,\d+,\d+ encoder parameters of `unetr`: 0.0%",
+    }.items():
+        with pytest.raises(UserError, match=message) as refusal:
+            train(settings(store, tmp_path / "run", f"init={published}", *words))
+        assert "it holds swin_unetr_tiny, 1 channel, no output layer" in refusal.value.hint
+        assert "`init_minimum=0.0" in refusal.value.hint
+        assert not (tmp_path / "run").exists()
+
+
+def test_half_an_encoder_needs_to_be_allowed(store: Path, tmp_path: Path) -> None:  # noqa: F811
+    state = files.encoder_of(files.swin(1, 14).state_dict())
+    torch.save({n: t for n, t in state.items() if not n.startswith("layers4")}, tmp_path / "part.pt")
+    with pytest.raises(UserError, match=r"less than 99\.0%") as refusal:
+        train(settings(store, tmp_path / "run", f"init={tmp_path / 'part.pt'}", *ONE_STEP))
+    allowed = refusal.value.hint.partition("`init_minimum=")[2].partition("`")[0]
+    assert 0 < float(allowed) < 0.5
+    state = train(
+        settings(
+            store, tmp_path / "run", f"init={tmp_path / 'part.pt'}", f"init_minimum={allowed}", *ONE_STEP
+        )
+    )
+    assert state.step == 1
+
+
+def test_an_averaged_checkpoint_gives_its_average(tmp_path: Path) -> None:
+    from unetrkit.networks import build
+
+    weights = build("swin_unetr_tiny", 1, 2, (32, 32, 32), {}).state_dict()
+    average = {f"module.network.{name}": tensor + 1 for name, tensor in weights.items()}
+    objective = {f"network.{name}": tensor for name, tensor in weights.items()}
+    learner = {"objective": objective, "average": {"n_averaged": torch.tensor(3), **average}}
+    checkpoint.save(tmp_path / "last", {"learner": learner, "state": {}})
+    found = open_initial(tmp_path / "last").named
+    assert found.tensors.keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name] + 1) for name, tensor in found.tensors.items())
+
+
+def test_the_next_command_says_what_the_file_does_not_bring_by_itself(tmp_path: Path) -> None:
+    torch.save(files.swin(2, 3).state_dict(), tmp_path / "my model.pt")
+    found = inspect_weights(tmp_path / "my model.pt", None, [])
+    assert found.audit.encoder_share == found.audit.decoder_share == 1
+    assert found.command == f"unetrkit train swin_unetr_tiny init='{tmp_path / 'my model.pt'}' data=STORE"
+    words = ["classes=5", "in_channels=1", "merging=full"]
+    found = inspect_weights(tmp_path / "my model.pt", "swin_unetr_tiny", words)
+    assert len(found.audit.adapted) == 3 and len(found.audit.missing) == 2
+    assert "network_options.merging=full" in found.command
