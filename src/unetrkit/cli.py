@@ -13,6 +13,7 @@ import typer
 
 from unetrkit import __version__
 from unetrkit.errors import ExitCode, Interrupted, UserError
+from unetrkit.memory import keep_freed_memory
 
 app = typer.Typer(
     name="unetrkit",
@@ -153,6 +154,7 @@ def train(
     from unetrkit.training.run import TrainSettings
     from unetrkit.training.run import train as train_network
 
+    keep_freed_memory()
     train_network(load_recipe(TrainSettings, recipe, override or []))
 
 
@@ -177,6 +179,7 @@ def predict(
     from unetrkit.inference.predict import predict as predict_cases
     from unetrkit.progress import progress
 
+    keep_freed_memory()
     settings = apply_overrides(PredictSettings, override or [])
     with progress("predicting") as report_progress:
         labels = predict_cases(

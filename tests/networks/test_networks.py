@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 from functools import lru_cache
 
 import pytest
@@ -30,6 +29,10 @@ PARAMETERS = {
     ("swin_unetr_tiny", 12): 4_078_220,
     ("swin_unetr_small", 24): 15_703_304,
     ("swin_unetr_base", 48): 62_187_296,
+    ("primus_s", None): 24_174_098,
+    ("primus_b", None): 94_131_038,
+    ("primus_m", None): 147_661_030,
+    ("primus_l", None): 326_989_622,
 }
 
 
@@ -42,6 +45,7 @@ SMALL: dict[str, dict[str, object]] = {
     "unetr_skip_alignment": LIGHT,
     "unetr_fpn_fusion": LIGHT,
     "unetr_fpn": LIGHT,
+    **{f"primus_{size}": {"width": 24, "heads": 2, "depth": 3} for size in "sbml"},
     "swin_unetr_small": {"feature_size": 12, "merging": "published"},
     "swin_unetr_base": {"feature_size": 12, "relative_positions": "sliced"},
 }
@@ -70,9 +74,10 @@ def test_every_entry_of_the_table_has_its_numbers() -> None:
 
 
 @pytest.mark.parametrize(("name", "feature_size"), PARAMETERS)
-def test_parameter_count_is_the_published_one(name: str, feature_size: int) -> None:
+def test_parameter_count_is_the_published_one(name: str, feature_size: int | None) -> None:
+    options = {"feature_size": feature_size} if feature_size else {}  # a primus has none
     with torch.device("meta"):
-        network = build(name, 1, 14, CUBE, {"feature_size": feature_size})
+        network = build(name, 1, 14, CUBE, options)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name, feature_size]
     assert len(network.state_dict()) == len(list(network.parameters()))  # no tables, nothing twice
 
@@ -99,7 +104,7 @@ def test_any_size_trains_even_a_single_voxel(name: str, size: tuple[int, int, in
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_checkpointing_changes_neither_logits_nor_gradients(name: str) -> None:
-    rate = next(p for p in inspect.signature(NETWORKS[name]).parameters if p in ("dropout", "drop_path"))
+    rate = "drop_path" if name.startswith(("swin", "primus")) else "dropout"
     gradients, outputs = [], []
     for checkpointing in (False, True):
         network = quick(name, checkpointing=checkpointing, **{rate: 0.5})
@@ -173,6 +178,10 @@ GOLDEN = {
     "swin_unetr_tiny": [-1.478653, -0.616728, -0.446129, 0.467466],
     "swin_unetr_small": [-0.767969, 0.161235, -0.069690, 0.528748],
     "swin_unetr_base": [-0.924743, 0.276245, 0.248392, 0.554362],
+    "primus_s": [2.797615, -0.211014, 1.345062, 0.959028],
+    "primus_b": [1.011512, 1.444937, -1.831074, 1.057548],
+    "primus_m": [-2.223678, -0.535266, -1.120371, 1.037693],
+    "primus_l": [-1.199004, 1.165380, -0.823113, 1.012185],
 }
 
 

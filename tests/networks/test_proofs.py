@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
@@ -22,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from unetrkit.networks import NETWORKS, PRETRAINING_NETWORKS, build, build_pretraining
-from unetrkit.networks.vit import ViT
+from unetrkit.networks.vit import ViTSize
 
 # by the beginning of a name, the longest that fits; a vision transformer is 48 wide besides
 SMALL: dict[str, dict[str, object]] = {
     "": {},
-    "unetr": {"feature_size": 4},
+    "unetr": {"feature_size": 4, "depth": 5, "width": 48, "heads": 4},
+    "unetr_": {"feature_size": 4},
     "swin": {"feature_size": 12},
     "primus": {"width": 24, "heads": 2, "depth": 2},
 }
@@ -60,7 +63,12 @@ def small(name: str) -> nn.Module:
 @lru_cache(maxsize=1)
 def _small(name: str) -> nn.Module:
     torch.manual_seed(0)
-    with mock.patch.object(ViT, "dim", 48):
+    narrow = ViTSize(depth=5, width=48, heads=4)
+    rooms = [importlib.import_module(f"unetrkit.networks.{room}") for room in ("vit", "unetr_fpn")]
+    with ExitStack() as stack:
+        for room in rooms:
+            stack.enter_context(mock.patch.object(room, "ViTSize", lambda: narrow))
+        stack.enter_context(mock.patch.object(rooms[1], "LIGHT", narrow))
         return built(name, 2, 3, (32, 32, 32), **options(name))
 
 
@@ -179,6 +187,11 @@ def test_autocast_predicts_and_trains(name: str) -> None:
 # How many weights, and a hash of their names and shapes with one channel, 14 classes and 96 x 96 x 96.
 NAMES = {
     "unetr": (170, "103a1d14ae82e543"),
+    "unetr_stem": (173, "21f1ba9a9fe09ae1"),
+    "unetr_light_vit": (126, "3d9d3c05e3dce212"),
+    "unetr_skip_alignment": (173, "658aab0518387bb5"),
+    "unetr_fpn_fusion": (172, "344f696091e4a286"),
+    "unetr_fpn": (134, "ee1060f4a7e7011a"),
     "swin_unetr_tiny": (151, "a408b9313f2133b1"),
     "swin_unetr_small": (151, "869a7e262251427f"),
     "swin_unetr_base": (151, "30bac4e77c68887a"),

@@ -44,6 +44,15 @@ def test_swin_unetr_equals_monai(size: tuple[int, int, int]) -> None:
         assert_same(ours(x), theirs(x))
 
 
+def test_second_version_of_swin_unetr_equals_monai() -> None:
+    theirs = swin(use_v2=True).eval()
+    options = {"relative_positions": "sliced", "residual_stages": True}
+    ours = ours_like(theirs, "swin_unetr_tiny", (64, 32, 64), **options).eval()
+    x = torch.randn(1, 2, 64, 32, 64)
+    with torch.no_grad():
+        assert_same(ours(x), theirs(x))
+
+
 def test_published_merging_equals_monai_before_1_5() -> None:
     theirs = swin(downsample=published_merging()).eval()
     options = {"relative_positions": "sliced"}

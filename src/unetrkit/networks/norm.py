@@ -19,7 +19,8 @@ ROW = 1024
 def instance_norm_(x: Tensor, slope: float = 1.0) -> Tensor:
     """Each channel of each image to mean 0 and variance 1 over its voxels, then LeakyReLU with `slope`.
 
-    (b, c, x, y, z); no learned scale. May overwrite x: give it what nobody else reads, a convolution's output.
+    (b, c, x, y, z); no learned scale. May overwrite x: give it what nobody else reads, a convolution's
+    output. What it gives back it keeps for the gradient: nothing may overwrite that.
 
     A map of one voxel becomes zero, which is what the formula says: torch's `InstanceNorm3d` raises there,
     and with it the original networks at 32 x 32 x 32. The residual block's other path carries the signal on.

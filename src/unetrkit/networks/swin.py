@@ -5,6 +5,8 @@ Liu et al. 2021, https://arxiv.org/abs/2103.14030
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,21 @@ CORNERS = {
     # Such weights load into either without a word; with the wrong one the encoder's maps are 30 % off.
     "published": ("000", "100", "010", "001", "101", "010", "001", "111"),
 }
+
+
+class SwinOptions(TypedDict, total=False):
+    """What a Swin encoder can be asked for, and with it every network around one."""
+
+    # how 2 x 2 x 2 tokens are joined, see `CORNERS`; published weights need "published"
+    merging: Literal["full", "published"]
+    # how windows smaller than 7 read the bias table, see `relative_index`; published weights need "sliced"
+    relative_positions: Literal["exact", "sliced"]
+    # the second version of Swin UNETR: a residual block of convolutions before each stage
+    residual_stages: bool
+    # probability that the last block is dropped in training; it rises from 0 at the first
+    drop_path: float
+    # compute activations twice instead of keeping them
+    checkpointing: bool
 
 
 class WindowAttention(nn.Module):

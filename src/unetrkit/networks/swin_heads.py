@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import wraps
 from itertools import pairwise
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,18 +16,8 @@ from torch import Tensor, nn
 from unetrkit.errors import UserError
 from unetrkit.networks.blocks import SLOPE, EncoderDecoder, check_rate, conv, initialise
 from unetrkit.networks.norm import instance_norm_
-from unetrkit.networks.swin import SwinEncoder
+from unetrkit.networks.swin import SwinEncoder, SwinOptions
 from unetrkit.networks.swin_unetr import swin_unetr
-
-
-class SwinOptions(TypedDict, total=False):
-    """What `SwinEncoder` can be asked for."""
-
-    merging: Literal["full", "published"]
-    relative_positions: Literal["exact", "sliced"]
-    residual_stages: bool
-    drop_path: float
-    checkpointing: bool
 
 
 class Refining(nn.Module):

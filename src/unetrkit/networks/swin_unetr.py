@@ -5,13 +5,13 @@ Hatamizadeh et al. 2022, https://arxiv.org/abs/2201.01266
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Unpack
 
 from torch import nn
 
 from unetrkit.errors import UserError
 from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, check_rate
-from unetrkit.networks.swin import SwinEncoder
+from unetrkit.networks.swin import SwinEncoder, SwinOptions
 
 
 def swin_unetr(
@@ -20,11 +20,7 @@ def swin_unetr(
     image_size: tuple[int, int, int] = (96, 96, 96),
     *,
     feature_size: int = 24,
-    merging: Literal["full", "published"] = "full",
-    relative_positions: Literal["exact", "sliced"] = "exact",
-    residual_stages: bool = False,
-    drop_path: float = 0.0,
-    checkpointing: bool = False,
+    **options: Unpack[SwinOptions],
 ) -> EncoderDecoder:
     """Swin UNETR: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
 
@@ -33,28 +29,15 @@ def swin_unetr(
 
     Args:
         feature_size: channels at full and half resolution, a multiple of 12; they double at each level down.
-        merging: how 2 x 2 x 2 tokens are joined, see `CORNERS`; published weights need "published".
-        relative_positions: how windows smaller than 7 read the bias table, see `relative_index`; published
-            weights need "sliced".
-        residual_stages: the second version: two convolutions with a residual path before each stage.
-        drop_path: probability that the last block is dropped in training; it rises from 0 at the first.
-        checkpointing: compute activations twice instead of keeping them.
+        options: see `SwinOptions`.
 
     Raises:
         UserError: an option has a value that the network cannot have.
     """
     if feature_size < 12 or feature_size % 12:
         raise UserError(f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 24")
-    check_rate("drop_path", drop_path)
-    encoder = SwinEncoder(
-        in_channels,
-        feature_size,
-        merging=merging,
-        relative_positions=relative_positions,
-        residual_stages=residual_stages,
-        drop_path=drop_path,
-        checkpointing=checkpointing,
-    )
+    check_rate("drop_path", options.get("drop_path", 0.0))
+    encoder = SwinEncoder(in_channels, feature_size, **options)
     half, quarter, eighth, _, bottom = encoder.channels
     skip = [
         ResidualBlock(in_channels, feature_size),
@@ -64,5 +47,6 @@ def swin_unetr(
         nn.Identity(),
         ResidualBlock(bottom, bottom),
     ]
+    checkpointing = options.get("checkpointing", False)
     decoder = Decoder((feature_size, *encoder.channels), classes, checkpointing=checkpointing)
     return EncoderDecoder(encoder, skip, decoder)

@@ -85,7 +85,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv3d(16, channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        output: Tensor = self.conv2(F.relu(instance_norm_(self.conv1(image)), inplace=True))
+        output: Tensor = self.conv2(F.relu(instance_norm_(self.conv1(image))))
         return output
 
 

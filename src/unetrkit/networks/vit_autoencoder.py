@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import check_rate, initialise
+from unetrkit.networks.blocks import initialise
 from unetrkit.networks.vit import ViT
 
 
@@ -53,12 +53,10 @@ def vit_autoencoder(
     Raises:
         UserError: an option has a value that the network cannot have.
     """
-    check_rate("dropout", dropout)
     encoder = ViT(
         in_channels,
         image_size,
         patch_embedding=patch_embedding,
-        taps=(),
         dropout=dropout,
         checkpointing=checkpointing,
     )
