@@ -81,16 +81,22 @@ def _named(name: str, table: Mapping[str, Callable[..., nn.Module]]) -> Callable
 
 def _options(name: str, network: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as the network's own types, or a UserError."""
+    known = known_options(network)
+    for option in options:
+        if option not in known:
+            raise UserError(f"`{option}` is not an option of `{name}`", hint=nearest(option, known))
+    return {option: _checked(option, value, known[option]) for option, value in options.items()}
+
+
+def known_options(network: Callable[..., nn.Module]) -> dict[str, Any]:
+    """The options that a network of a table takes, and their types."""
     known: dict[str, Any] = {}
     for parameter in inspect.signature(network, eval_str=True).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             known[parameter.name] = parameter.annotation
         elif parameter.kind is parameter.VAR_KEYWORD:  # **name: Unpack[a TypedDict]
             known |= get_type_hints(get_args(parameter.annotation)[0])
-    for option in options:
-        if option not in known:
-            raise UserError(f"`{option}` is not an option of `{name}`", hint=nearest(option, known))
-    return {option: _checked(option, value, known[option]) for option, value in options.items()}
+    return known
 
 
 def _checked(option: str, value: Any, kind: Any) -> Any:

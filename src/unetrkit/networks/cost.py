@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unetrkit import networks
@@ -19,16 +22,15 @@ def costs() -> list[dict[str, Any]]:
     A multiplication and the addition of its product are two FLOPs. Products of matrices and convolutions are
     counted, all else (norms, activations, softmax) is not. Tensors are on `meta`: nothing is computed.
     """
-    tables = {
-        "segmentation": networks.NETWORKS,
-        "pre-training": getattr(networks, "PRETRAINING_NETWORKS", {}),
-    }
+    whole = {name: partial(make, 1, CLASSES, SIZE) for name, make in networks.NETWORKS.items()}
+    pretraining = {name: partial(make, 1, SIZE) for name, make in networks.PRETRAINING_NETWORKS.items()}
+    tables = {"segmentation": whole, "pre-training": pretraining}
     return [_cost(name, kind, make) for kind, table in tables.items() for name, make in table.items()]
 
 
-def _cost(name: str, kind: str, make: Any) -> dict[str, Any]:
+def _cost(name: str, kind: str, make: Callable[[], nn.Module]) -> dict[str, Any]:
     with torch.device("meta"), torch.no_grad():
-        network = make(1, CLASSES, SIZE).eval()
+        network = make().eval()
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 1, *SIZE))
     parameters = sum(parameter.numel() for parameter in network.parameters())

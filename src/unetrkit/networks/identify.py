@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unetrkit.errors import UserError
-from unetrkit.networks import NETWORKS
+from unetrkit.networks import NETWORKS, known_options
 from unetrkit.networks.published import Named
 
 SWIN_SIZES = {12: "swin_unetr_tiny", 24: "swin_unetr_small", 48: "swin_unetr_base"}
@@ -73,7 +72,7 @@ def options_for(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `options` that `network` has; all of them where it is not in the table, which `build` says."""
     if network not in NETWORKS:
         return dict(options)
-    parameters = inspect.signature(NETWORKS[network]).parameters
+    parameters = known_options(NETWORKS[network])
     # a Swin UNETR without an option that its weights need is an error, which `build` raises
     if "merging" in parameters and "merging" in options:
         return dict(options)
