@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import Mlp, ResidualBlock, pad_to_multiple, run
+from unetrkit.errors import UserError
+from unetrkit.networks.blocks import Mlp, ResidualBlock, check_rate, pad_to_multiple, run
 from unetrkit.networks.windows import Windows, attend, relative_index, windows
 
 # the corners of a cube of 2 x 2 x 2 tokens, in the order in which `PatchMerging` joins their channels
@@ -159,6 +160,11 @@ class SwinEncoder(nn.Module):
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
+        if feature_size < 12 or feature_size % 12:
+            raise UserError(
+                f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 24"
+            )
+        check_rate("drop_path", drop_path)
         super().__init__()
         self.channels = tuple(feature_size * 2**level for level in range(5))
         self.embedding = nn.Conv3d(in_channels, feature_size, 2, stride=2)

@@ -13,8 +13,7 @@ from typing import Any, Literal, Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.errors import UserError
-from unetrkit.networks.blocks import SLOPE, EncoderDecoder, check_rate, conv, initialise
+from unetrkit.networks.blocks import SLOPE, EncoderDecoder, conv, initialise
 from unetrkit.networks.norm import instance_norm_
 from unetrkit.networks.swin import SwinEncoder, SwinOptions
 from unetrkit.networks.swin_unetr import swin_unetr
@@ -111,9 +110,6 @@ def swin_heads(
     Raises:
         UserError: an option has a value that the network cannot have.
     """
-    if feature_size < 12 or feature_size % 12:
-        raise UserError(f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 48")
-    check_rate("drop_path", swin.get("drop_path", 0.0))
     encoder = SwinEncoder(in_channels, feature_size, **swin)
     return SwinHeads(encoder, in_channels, reconstruction=reconstruction, heads=heads)
 

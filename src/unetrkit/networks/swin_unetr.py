@@ -9,8 +9,7 @@ from typing import Unpack
 
 from torch import nn
 
-from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, check_rate
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock
 from unetrkit.networks.swin import SwinEncoder, SwinOptions
 
 
@@ -34,9 +33,6 @@ def swin_unetr(
     Raises:
         UserError: an option has a value that the network cannot have.
     """
-    if feature_size < 12 or feature_size % 12:
-        raise UserError(f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 24")
-    check_rate("drop_path", options.get("drop_path", 0.0))
     encoder = SwinEncoder(in_channels, feature_size, **options)
     half, quarter, eighth, _, bottom = encoder.channels
     skip = [
