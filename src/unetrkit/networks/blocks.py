@@ -190,6 +190,20 @@ class EncoderDecoder(nn.Module):
         return logits
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: while training each image of (b, n, c) loses its branch with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * (kept / (1 - self.rate)).to(branch.dtype)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear, on the last axis."""
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import check_rate, initialise, run
+from unetrkit.networks.blocks import DropPath, check_rate, initialise, run
 from unetrkit.networks.vit import PatchEmbedding
 from unetrkit.networks.windows import Size, _remembered
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, *, number: int, drop_path: float) -> None:
         super().__init__()
         self.number = number
-        self.drop_path = drop_path
+        self.keep = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.scale1 = nn.Parameter(torch.full((dim,), 0.1))
@@ -113,13 +113,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         x = x + self.keep(self.scale1 * self.attention(self.norm1(x), table))
         return x + self.keep(self.scale2 * self.mlp(self.norm2(x)))
-
-    def keep(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: while training each image loses the branch with probability `drop_path`."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 class RotaryViT(nn.Module):

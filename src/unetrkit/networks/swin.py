@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Mlp, ResidualBlock, check_rate, pad_to_multiple, run
+from unetrkit.networks.blocks import DropPath, Mlp, ResidualBlock, check_rate, pad_to_multiple, run
 from unetrkit.networks.windows import Windows, attend, relative_index, windows
 
 # the corners of a cube of 2 x 2 x 2 tokens, in the order in which `PatchMerging` joins their channels
@@ -75,7 +75,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.shifted = shifted
-        self.drop_path = drop_path
+        self.keep = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, heads, relative_positions)
         self.norm2 = nn.LayerNorm(dim)
@@ -88,13 +88,6 @@ class Block(nn.Module):
         x = x + self.keep(self.attention(self.norm1(x), layout))
         x = x + self.keep(self.mlp(self.norm2(x)))
         return x.unflatten(1, size)
-
-    def keep(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: while training each image loses the branch with probability `drop_path`."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 class PatchMerging(nn.Module):
