@@ -208,7 +208,7 @@ def test_tables_of_a_prediction_serve_training_after_it() -> None:
 def test_it_begins_as_published() -> None:
     network = small(width=192, heads=8, depth=4, drop_path=0.3)
     encoder = network.encoder
-    assert [block.drop_path for block in encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [block.keep.rate for block in encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
     weights = {
         encoder.embedding.weight: math.sqrt(2 / 1.0001 / 1024),
         encoder.blocks[3].attention.q.weight: 0.02,
