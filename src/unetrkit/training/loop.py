@@ -104,9 +104,9 @@ def fit(
 ) -> State:
     """Trains `objective` up to `settings.steps` in `folder`, going on from the checkpoint that is there.
 
-    validate: measures an objective; the larger its value named `better`, the better. export: called with the
-    best objective so far. Raises UserError where a loss is not finite or a file cannot be written, and
-    Interrupted, after saving, on Ctrl-C and SIGTERM.
+    validate: measures an objective; the larger its value named `better`, the better; of "-loss" the smaller.
+    export: called with the best objective so far. Raises UserError where a loss is not finite or a file
+    cannot be written, and Interrupted, after saving, on Ctrl-C and SIGTERM.
     """
     learner = build_learner(objective, settings, optim)
     state = State()
@@ -202,13 +202,16 @@ def _validate(learner: Learner, validate: Validate, show: Callable[[str], None])
 
 def _score(measured: dict[str, float], better: str) -> float:
     """A value that is not defined (no organ anywhere) is worse than any other."""
-    value = measured[better]
-    return value if math.isfinite(value) else -math.inf
+    value = measured[better.removeprefix("-")]
+    if not math.isfinite(value):
+        return -math.inf
+    return -value if better.startswith("-") else value
 
 
 def _validation_line(state: State, measured: dict[str, float], better: str) -> str:
-    best = "the best so far" if state.best_step == state.step else f"the best is {state.best[better]:.4f}"
-    return f"validation after step {state.step}: {better} {measured[better]:.4f}, {best}"
+    name = better.removeprefix("-")
+    best = "the best so far" if state.best_step == state.step else f"the best is {state.best[name]:.4f}"
+    return f"validation after step {state.step}: {name} {measured[name]:.4f}, {best}"
 
 
 @contextmanager
