@@ -149,7 +149,7 @@ def train(settings: TrainSettings) -> State:
         settings.optim,
         Segmentation(network, settings.loss),
         Patches(settings.data, tuple(case.name for case in training), settings),
-        validate=lambda objective, show: measure(objective.get_submodule("network"), show),
+        validate=lambda objective, step, show: measure(objective.get_submodule("network"), show),
         better="dice",
         export=export,
         load=load_model,
