@@ -25,19 +25,9 @@ from unetrkit.data.plan import Plan
 from unetrkit.data.sampling import SamplingSettings, case_at, draw_corner, generator_for, read_patch
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
+from unetrkit.ranks import ALONE, Rank
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which process of a training this is, and of how many."""
-
-    rank: int
-    world: int
-
-
-ALONE = Rank(0, 1)
 
 
 def batches(

@@ -21,6 +21,7 @@ from unetrkit.data.store import Store
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
+from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
 from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
 from unetrkit.training.learner import Batch, device_of
@@ -81,11 +82,13 @@ class Patches:
             seed=self.settings.loop.seed,
             steps=range(start, stop),
             workers=self.settings.loop.workers,
+            rank=this_rank(),
         )
 
     def cases(self, number: int) -> list[str]:
-        sampling, seed = self.settings.sampling, self.settings.loop.seed
-        first, stop = number * sampling.batch_size, (number + 1) * sampling.batch_size
+        sampling, seed, rank = self.settings.sampling, self.settings.loop.seed, this_rank()
+        first = (number * rank.world + rank.rank) * sampling.batch_size
+        stop = first + sampling.batch_size
         positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
         return [self.names[case_at(seed, position, len(self.names))] for position in positions]
 

@@ -19,6 +19,7 @@ from unetrkit.data.volume import read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation.metrics import dice_scores
 from unetrkit.inference.predict import PredictSettings, predict_stored
+from unetrkit.training.distributed import from_all, share
 
 KEPT_LABELS = 512 * 2**20  # bytes of original labels that stay in memory between validations
 
@@ -51,12 +52,15 @@ class Validation:
         """`show` is told how far it is."""
         organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
         found: dict[int, list[float]] = {organ: [] for organ in organs}
-        for number, case in enumerate(self._cases, 1):
-            show(f"validating {number}/{len(self._cases)}")
+        mine = share(self._cases)
+        for number, case in enumerate(mine, 1):
+            show(f"validating {number}/{len(mine)}")
             prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
             for organ, dice in dice_scores(self._truth(case), prediction, list(organs)).items():
                 if dice is not None:
                     found[organ].append(dice)
+        parts = from_all(found)
+        found = {organ: [dice for part in parts for dice in part[organ]] for organ in organs}
         means = {organ: fmean(values) if values else math.nan for organ, values in found.items()}
         defined = [mean for mean in means.values() if not math.isnan(mean)]
         named = {f"dice/{organs[organ]}": mean for organ, mean in means.items()}
