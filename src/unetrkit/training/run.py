@@ -104,6 +104,11 @@ def train(settings: TrainSettings) -> State:
     for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
     store = Store.open(settings.data)
+    if not store.plan.classes:
+        raise UserError(
+            f"the cases in `{settings.data}` were prepared without labels: no segmentation can be learnt",
+            hint="`unetrkit pretrain` learns without labels; to train, prepare a list with labels",
+        )
     out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
     init = settings.init and settings.init.resolve()
     settings = settings.model_copy(
