@@ -17,7 +17,7 @@ from torch import nn
 from unetrkit.config import overridden, read_recipe
 from unetrkit.data.files import read_json, read_problems, read_start, sha256_file
 from unetrkit.errors import UserError
-from unetrkit.inference.model import COPY, FILES
+from unetrkit.inference.model import COPY, FILES, PRETRAINED
 from unetrkit.networks import build
 from unetrkit.networks.audit import Audit, match
 from unetrkit.networks.identify import OF_TRAINING, Identity, identify, options_for
@@ -102,7 +102,10 @@ def begin(network: nn.Module, name: str, initial: Initial, minimum: float) -> Au
 
 def provenance(initial: Initial, audit: Audit, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a run remembers of the weights it began with."""
+    pretrained = initial.weights.description
+    origin = pretrained.get("origin") if pretrained.get("format") == PRETRAINED else None
     return {
+        **({"pretraining": origin} if origin else {}),
         "file": initial.weights.path.name,
         "sha256": initial.sha256,
         "layout": audit.layout,
