@@ -18,6 +18,7 @@ from unetrkit.data.folds import split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
 from unetrkit.data.store import Store
+from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
