@@ -26,7 +26,10 @@ ORDER = (
     "inference",
     "evaluation",
     "training",
+    "pretraining",
+    "studies",
     "demo",
+    "study_command",
     "cli",
 )
 MAY_IMPORT = {room: set(ORDER[:place]) for place, room in enumerate(ORDER)}
@@ -64,7 +67,7 @@ def test_source_stays_small_enough_to_read():
 def test_functions_take_at_most_eight_arguments():
     crowded = []
     for path in FILES:
-        if room_of(path) == "cli":  # a command's options are its users' words
+        if room_of(path) in ("cli", "study_command"):  # a command's options are its users' words
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -14,6 +14,7 @@ import typer
 from unetrkit import __version__
 from unetrkit.errors import ExitCode, Interrupted, UserError
 from unetrkit.memory import keep_freed_memory
+from unetrkit.study_command import study
 
 app = typer.Typer(
     name="unetrkit",
@@ -229,6 +230,9 @@ def evaluate(
         )
     print(summary.table())
     say(f"next: open {out / 'report.html'}")
+
+
+app.command()(study)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.data.folds import split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
-from unetrkit.data.store import Store
+from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
@@ -61,6 +61,8 @@ class TrainSettings(Settings):
     init_size: tuple[int, int, int] | None = None
     # null: the data list's own validation cases, else fold 0
     fold: int | None = Field(default=None, ge=0)
+    # the first so many of the training cases, in the data list's order; null: all
+    cases: int | None = Field(default=None, ge=1)
     sampling: SamplingSettings = SamplingSettings()
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
@@ -116,6 +118,7 @@ def train(settings: TrainSettings) -> State:
         update={"data": settings.data.resolve(), "out": out.resolve(), "init": init}
     )
     training, validation = split_cases(store.cases, settings.fold)
+    training = first_cases(training, settings.cases)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
     torch.manual_seed(settings.loop.seed)
     begun, initial, options = _begun_with(out), None, dict(settings.network_options)
@@ -196,6 +199,14 @@ def train(settings: TrainSettings) -> State:
     return state
 
 
+def first_cases(training: list[StoredCase], count: int | None) -> list[StoredCase]:
+    """The first `count` training cases, or all. Raises UserError where there are fewer."""
+    if count is not None and count > len(training):
+        message = f"{count} training cases are asked for, and there are {len(training)}"
+        raise UserError(message, hint="give fewer, or add cases to the data list")
+    return training[:count]
+
+
 def _begun_with(out: Path) -> dict[str, Any] | None:
     """What a run that has a checkpoint began with, as its record says; None for random weights."""
     record = out / "run.json"
@@ -219,7 +230,7 @@ def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> 
     """Begins a new run, or goes on with the same. Raises UserError for any other."""
     config, record = out / "config.yaml", out / "run.json"
     if config.exists():
-        _same_run(load_recipe(TrainSettings, config), settings, out)
+        same_run(load_recipe(TrainSettings, config), settings, out)
         if not record.exists() and any((out / name).exists() for name in ("last", "previous")):
             raise UserError(
                 f"`{record}`, which says what the run was trained on, is missing",
@@ -243,7 +254,7 @@ def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> 
     atomic_write(record, json.dumps({**made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
 
 
-def _same_run(before: TrainSettings, now: TrainSettings, out: Path) -> None:
+def same_run(before: TrainSettings, now: TrainSettings, out: Path) -> None:
     """Settings that change what is computed must be the same; a longer run must begin with the same rates."""
     old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, now))
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
