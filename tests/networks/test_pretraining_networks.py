@@ -270,7 +270,8 @@ def test_swin_heads_takes_every_option_of_the_encoder() -> None:
         ("swin_heads", {"drop_path": 1.5}, "`drop_path` is 1.5", "probability"),
         ("swin_unetr_reconstruction", {"feature_size": 20}, "`feature_size` is 20", "multiple of 12"),
         ("swin_unetr_reconstruction", {"classes": 2}, "`classes` is not an option", ""),
-        ("vit_autoencoder", {"taps": [3]}, "`taps` is not an option", ""),
+        ("vit_autoencoder", {"feature_size": 4}, "`feature_size` is not an option", ""),
+        ("vit_autoencoder", {"patch": 3}, "`patch` is 3", "one of [2, 4, 8, 16, 32]"),
         ("vit_autoencoder", {"dropout": -1}, "`dropout` is -1", "probability"),
     ],
 )

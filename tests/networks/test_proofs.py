@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, object]] = {
     "": {},
     "unetr": {"feature_size": 4, "depth": 5, "width": 48, "heads": 4},
     "unetr_": {"feature_size": 4},
+    "vit_autoencoder": {"depth": 5, "width": 48, "heads": 4},
     "swin": {"feature_size": 12},
     "primus": {"width": 24, "heads": 2, "depth": 2},
 }

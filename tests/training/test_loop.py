@@ -242,7 +242,7 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path: P
             tmp_path,
             loop(),
             OPTIM,
-            validate=lambda trained, show: measure(trained),
+            validate=lambda trained, step, show: measure(trained),
             better="score",
             export=lambda best, state: None,
         )

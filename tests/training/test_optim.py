@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from unetrkit.training.optim import OptimSettings, build_optimizer, learning_rate
+from unetrkit.networks import build
+from unetrkit.training.optim import OptimSettings, build_optimizer, learning_rate, set_rate
 
 
 def test_warm_up_begins_above_zero_and_ends_at_the_rate() -> None:
@@ -79,3 +80,44 @@ def test_one_step_of_each_optimizer_is_torch_s_own(name: str) -> None:
     }[name]
     settings = OptimSettings(name=name, lr=1e-2, weight_decay=0.1, momentum=0.9)
     torch.testing.assert_close(descend(lambda m: build_optimizer(m, settings)), descend(plain))
+
+
+def test_layers_of_an_encoder_learn_the_slower_the_earlier_and_not_at_all_while_frozen() -> None:
+    network = build("unetr", 1, 2, (16, 16, 16), {"depth": 4, "width": 12, "heads": 2, "patch": 8})
+    objective = nn.ModuleDict({"network": network})
+    settings = OptimSettings(encoder_lr=0.5, layer_decay=0.5, frozen_encoder=3, weight_decay=0.1)
+    optimizer = build_optimizer(objective, settings)
+    names = {id(p): name for name, p in objective.named_parameters()}
+
+    def rates(step: int) -> dict[str, float]:
+        set_rate(optimizer, step, 0.8)
+        return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    rate = rates(3)
+    assert len(rate) == len(names)
+    assert rate["network.encoder.norm.weight"] == rate["network.encoder.blocks.3.mlp.linear1.bias"] == 0.4
+    assert rate["network.encoder.blocks.0.norm1.weight"] == pytest.approx(0.4 / 8)
+    assert (
+        rate["network.encoder.position"]
+        == rate["network.encoder.embedding.weight"]
+        == pytest.approx(0.4 / 16)
+    )
+    assert rate["network.skip.0.conv1.weight"] == rate["network.decoder.head.bias"] == 0.8
+    frozen = rates(2)
+    assert {value for name, value in frozen.items() if "encoder." in name} == {0.0}
+    assert frozen["network.decoder.head.weight"] == 0.8
+
+
+def test_a_frozen_encoder_keeps_its_weights_bit_for_bit_while_the_rest_learns() -> None:
+    torch.manual_seed(0)
+    objective = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    optimizer = build_optimizer(objective, OptimSettings(frozen_encoder=2, weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    for step in range(3):
+        set_rate(optimizer, step, 0.01)
+        optimizer.zero_grad()
+        objective["head"](objective["encoder"](torch.ones(1, 2))).square().sum().backward()
+        optimizer.step()
+        same = {name: torch.equal(p, before[name]) for name, p in objective.named_parameters()}
+        assert same["encoder.weight"] == same["encoder.bias"] == (step < 2)
+        assert not same["head.weight"]

@@ -25,6 +25,7 @@ from unetrkit.data.store import Store
 from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
 from unetrkit.training import run as run_module
+from unetrkit.training.folder import LOCK
 from unetrkit.training.run import Patches, TrainSettings, train
 
 SMALL = [
@@ -211,11 +212,11 @@ def test_two_at_once_in_one_folder_are_refused(store: Path, tmp_path: Path) -> N
     out = tmp_path / "run"
     out.mkdir()
     with (
-        alone(out / run_module.LOCK, "not alone"),
+        alone(out / LOCK, "not alone"),
         pytest.raises(UserError, match="another process is training in"),
     ):
         train(settings(store, out))
-    assert [path.name for path in out.iterdir()] == [run_module.LOCK]
+    assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(store: Path, tmp_path: Path) -> None:

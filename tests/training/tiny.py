@@ -66,7 +66,7 @@ def run(
         folder,
         settings,
         OPTIM,
-        validate=lambda trained, show: validate(trained),
+        validate=lambda trained, step, show: validate(trained),
         better="score",
         export=lambda best, state: (folder / "exported").write_text(f"{state.best_step}"),
     )

@@ -79,15 +79,22 @@ def curves_figure(records: Sequence[Mapping[str, Any]]) -> str | None:
     for record in records:
         for name, value in _numbers(record) if isinstance(record.get("step"), int) else ():
             series.setdefault(name, []).append((record["step"], value))
-    panels = []
+    panels: list[tuple[str, dict[str, list[tuple[int, float]]]]] = []
     for word, title in (("loss", "Loss"), ("dice", "Dice"), ("lr", "Learning rate")):
         chosen = {name: series.pop(name) for name in list(series) if word in name.lower()}
         panels += [(title, chosen)] if chosen else []
+    return panels_figure(panels)
+
+
+def panels_figure(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[int, float]]]]]) -> str | None:
+    """Panels of curves by step, three in a row: (title, name -> points); None where there are none."""
     if not panels:
         return None
-    with new_figure(3.6 * len(panels), 2.5) as figure:
+    rows = -(-len(panels) // 3)
+    columns = min(3, len(panels))
+    with new_figure(3.6 * columns, 2.5 * rows) as figure:
         for place, (title, chosen) in enumerate(panels, start=1):
-            axes = figure.add_subplot(1, len(panels), place)
+            axes = figure.add_subplot(rows, columns, place)
             for name, points in list(chosen.items())[:6]:
                 _curve(axes, name, np.array(points))
             axes.set_title(title, loc="left", fontsize=10)

@@ -12,6 +12,7 @@ from unetrkit.evaluation.summary import Estimate, Summary
 from unetrkit.evaluation.views import View
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+STYLE = Path(__file__).with_name("report.css")
 MOST_ROWS = 200  # of the table of cases
 MOST_COLUMNS = 16  # organs in the table of cases
 
@@ -30,6 +31,7 @@ def write_report(
         (case for case in summary.cases if case.dice is not None), key=lambda case: case.dice or 0.0
     )
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        style=STYLE.read_text(encoding="utf-8"),
         summary=summary,
         provenance=provenance,
         views=views,

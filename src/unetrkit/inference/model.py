@@ -10,10 +10,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import safetensors.torch
 import torch
@@ -26,6 +26,7 @@ from unetrkit.data.plan import Plan, Settings
 from unetrkit.errors import UserError
 
 FORMAT = "unetrkit-model"
+PRETRAINED: Final = "unetrkit-pretrained"  # the format of what only begins a training
 FILES = ("model.json", "weights.safetensors")
 COPY = "copy the whole model folder again: its two files belong together"
 
@@ -39,7 +40,14 @@ class Model:
     description: dict[str, Any]
 
 
-class Description(Settings):
+class Sealed(Settings):
+    """What every `model.json` has."""
+
+    sha256: str  # of weights.safetensors
+    seal: str = ""  # the SHA-256 of `model.json` with this left empty
+
+
+class Description(Sealed):
     """What `model.json` holds."""
 
     format: Literal["unetrkit-model"] = "unetrkit-model"
@@ -51,8 +59,6 @@ class Description(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     plan: Plan
     origin: dict[str, Any] = Field(default_factory=dict)
-    sha256: str  # of weights.safetensors
-    seal: str = ""  # the SHA-256 of `model.json` with this left empty
 
 
 def save_model(
@@ -71,17 +77,10 @@ def save_model(
     that JSON can hold: `fold` in it tells `predict` which cases validate; the rest is for people.
     Raises UserError where `folder` holds something else than a model, or cannot be written.
     """
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not found <= set(FILES) or folder.is_file():
-        raise UserError(f"`{folder}` is not a model, so it is not replaced", hint="choose another folder")
-    # clones: safetensors refuses tensors that share memory (tied weights, views)
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with write_problems(folder):
-            temporary.mkdir(parents=True)
-        atomic_write(temporary / FILES[1], safetensors.torch.save(tensors))
-        description = Description(
+    write_folder(
+        folder,
+        network.state_dict(),
+        lambda sha256: Description(
             network=name,
             in_channels=len(plan.channels),
             classes=len(plan.classes),
@@ -89,11 +88,29 @@ def save_model(
             options=dict(options),
             plan=plan,
             origin=dict(origin),
-            sha256=sha256_file(temporary / FILES[1]),
-        )
-        content = _bytes(description)
-        sealed = description.model_copy(update={"seal": hashlib.sha256(content).hexdigest()})
-        atomic_write(temporary / FILES[0], _bytes(sealed))
+            sha256=sha256,
+        ),
+    )
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], Sealed]) -> None:
+    """Tensors and what `describe` says of them, given their SHA-256, whole or not at all.
+
+    Raises UserError where `folder` holds something else than a model, or cannot be written.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not found <= set(FILES) or folder.is_file():
+        raise UserError(f"`{folder}` is not a model, so it is not replaced", hint="choose another folder")
+    # clones: safetensors refuses tensors that share memory (tied weights, views)
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with write_problems(folder):
+            temporary.mkdir(parents=True)
+        atomic_write(temporary / FILES[1], safetensors.torch.save(copies))
+        description = describe(sha256_file(temporary / FILES[1]))
+        seal = hashlib.sha256(_bytes(description)).hexdigest()
+        atomic_write(temporary / FILES[0], _bytes(description.model_copy(update={"seal": seal})))
         with write_problems(folder):
             _put_in_place(temporary, folder)
     finally:
@@ -130,7 +147,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     return Model(network.to(device).eval(), description.plan, description.model_dump(mode="json"))
 
 
-def _bytes(description: Description) -> bytes:
+def _bytes(description: Sealed) -> bytes:
     return (description.model_dump_json(indent=1) + "\n").encode()
 
 
@@ -164,6 +181,9 @@ def _folder(path: Path) -> Path:
 
 def _description(path: Path) -> Description:
     content = read_json(path)
+    if isinstance(content, dict) and content.get("format") == PRETRAINED:
+        hint = f"fine-tune it: `unetrkit train {content.get('network')} init={path.parent.parent} data=STORE`"
+        raise UserError(f"`{path.parent}` was pre-trained: it cannot segment yet", hint=hint)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         hint = "give the run folder, or the `model` folder in it"
         raise UserError(f"`{path}` does not describe a model: its `format` is not `{FORMAT}`", hint=hint)

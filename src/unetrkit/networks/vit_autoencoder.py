@@ -5,12 +5,14 @@ The network of MONAI's tutorial on self-supervised pre-training (`ViTAutoEnc`).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from unetrkit.networks.blocks import initialise
-from unetrkit.networks.vit import ViT
+from unetrkit.networks.unetr import takes
+from unetrkit.networks.vit import ViT, ViTSize
 
 
 class ViTAutoencoder(nn.Module):
@@ -22,18 +24,25 @@ class ViTAutoencoder(nn.Module):
     def __init__(self, encoder: ViT, channels: int) -> None:
         super().__init__()
         self.encoder = encoder
+        patch = encoder.size.patch
+        coarse = 2 ** (patch.bit_length() // 2)  # of 16, as published, 4 and 4; of 8, 4 and 2
         self.decoder = nn.Sequential(
-            nn.ConvTranspose3d(encoder.channels[-1], 16, 4, stride=4),
-            nn.ConvTranspose3d(16, channels, 4, stride=4),
+            nn.ConvTranspose3d(encoder.channels[-1], 16, coarse, stride=coarse),
+            nn.ConvTranspose3d(16, channels, patch // coarse, stride=patch // coarse),
         )
         initialise(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        x, y, z = image.shape[2:]
-        reconstruction: Tensor = self.decoder(self.encoder(image)[-1])
+        return self.decode(self.encoder(image)[-1], image.shape[2:])
+
+    def decode(self, last: Tensor, size: Sequence[int]) -> Tensor:
+        """The encoder's last map (b, width, x/p, y/p, z/p) -> reconstruction (b, c, *size)."""
+        x, y, z = size
+        reconstruction: Tensor = self.decoder(last)
         return reconstruction[:, :, :x, :y, :z]
 
 
+@takes(ViTSize)
 def vit_autoencoder(
     in_channels: int,
     image_size: tuple[int, int, int] = (96, 96, 96),
@@ -41,14 +50,16 @@ def vit_autoencoder(
     patch_embedding: Literal["conv", "perceptron"] = "conv",
     dropout: float = 0.0,
     checkpointing: bool = False,
+    **size: Any,
 ) -> ViTAutoencoder:
-    """ViT-B/16 and two transposed convolutions: (b, in_channels, x, y, z) -> the same.
+    """As it stands ViT-B/16, and two transposed convolutions: (b, in_channels, x, y, z) -> the same.
 
     Args:
         image_size: position embeddings are learned on its grid of patches; give what fine-tuning will use.
         patch_embedding: how the embedding begins, see `PatchEmbedding`.
         dropout: in the transformer.
         checkpointing: compute activations twice instead of keeping them.
+        size: the transformer's own options, see `ViTSize`; `unetr` of the same size is fine-tuned from it.
 
     Raises:
         UserError: an option has a value that the network cannot have.
@@ -56,6 +67,7 @@ def vit_autoencoder(
     encoder = ViT(
         in_channels,
         image_size,
+        ViTSize(**size),
         patch_embedding=patch_embedding,
         dropout=dropout,
         checkpointing=checkpointing,

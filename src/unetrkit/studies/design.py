@@ -11,13 +11,14 @@ from pydantic import BeforeValidator, Field
 
 from unetrkit.config import load_recipe, overridden, read_recipe, settings_from
 from unetrkit.data.augment import AugmentSettings
-from unetrkit.data.folds import split_cases
+from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
 from unetrkit.networks import build
+from unetrkit.training.folder import same_run
 from unetrkit.training.initial import begin, open_initial
 from unetrkit.training.loop import Count
-from unetrkit.training.run import TrainSettings, first_cases, same_run
+from unetrkit.training.run import TrainSettings
 
 RANDOM = "random"  # the row that begins with random weights
 
@@ -214,5 +215,6 @@ def written(cell: Cell) -> TrainSettings | None:
     if not config.exists():
         return None
     before = load_recipe(TrainSettings, config)
-    same_run(before, cell.settings, cell.folder)
+    now = cell.settings
+    same_run(before, now, now.loop, now.optim, cell.folder)
     return before

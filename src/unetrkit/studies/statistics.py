@@ -58,8 +58,8 @@ def mean_difference(
     """The mean of paired differences (seeds, cases, organs), NaN where undefined, and its interval.
 
     The mean is that over organs of each organ's mean over seeds and cases; an organ that is defined nowhere
-    is left out. With one seed the interval says nothing of how another seed would have come out. No interval for
-    fewer than 3 subjects.
+    is left out. With one seed the interval says nothing of how another seed would have come out. There is no
+    interval for fewer than 3 subjects.
     """
     influence, mean = _influence(differences, subjects)
     if math.isnan(mean) or len(influence) < FEWEST:
@@ -104,8 +104,8 @@ def _influence(differences: np.ndarray, subjects: Sequence[str]) -> tuple[np.nda
 def _variance_of_mean(table: np.ndarray) -> tuple[float, float]:
     """Variance of the mean of a table (subjects, seeds) with both drawn anew, and its degrees of freedom.
 
-    Mean squares of a two-way layout: what seeds add beyond chance is added to what subjects do. The degrees of
-    freedom are Satterthwaite's approximation.
+    Mean squares of a two-way layout: what seeds add beyond chance is added to what subjects do. The degrees
+    of freedom are Satterthwaite's approximation.
     """
     subjects, seeds = table.shape
     of_subject = table.mean(axis=1, keepdims=True) - table.mean()

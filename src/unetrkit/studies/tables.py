@@ -110,15 +110,15 @@ def _notes(results: Results) -> list[str]:
         f"Differences are paired by case and seed ({many(subjects, 'subject')}, {many(seeds, 'seed')}), "
         "where both Dice are defined. Intervals resample subjects and seeds, and are widened for their small "
         "number.",
-        "An interval that holds zero does not show that there is no difference: it shows how large it may be.",
+        "An interval that holds zero does not show that there is no difference, but how large it may be.",
     ]
     if seeds == 1:
         notes.append("With one seed the intervals do not say how much another seed would have changed.")
     if (count := results.comparisons) > 1:
         notes.append(
-            f"Each interval stands alone. Were there no difference at all, {count} comparisons would call one "
-            f"or more in up to {100 * (1 - 0.95**count):.0f} of 100 studies; the verdicts say what is left "
-            "when that is allowed for (Bonferroni)."
+            f"Each interval stands alone. Were there no difference at all, {count} comparisons would call "
+            f"one or more in up to {100 * (1 - 0.95**count):.0f} of 100 studies; the verdicts say "
+            "what is left when that is allowed for (Bonferroni)."
         )
     if len(results.organs) > 1:
         notes.append("The intervals of organs are wider: together, not each, they hold 95 %.")

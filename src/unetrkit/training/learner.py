@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from unetrkit.data.sampling import generator_for
 from unetrkit.errors import UserError
 from unetrkit.training.ema import average_of
-from unetrkit.training.optim import OptimSettings, build_optimizer
+from unetrkit.training.optim import OptimSettings, build_optimizer, set_rate
 
 if TYPE_CHECKING:
     from unetrkit.training.loop import LoopSettings
@@ -81,8 +81,7 @@ def take_step(
 
     Raises NotFinite before any weight is touched.
     """
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(learner.optimizer, step, rate)
     learner.optimizer.zero_grad()
     means = _accumulate_gradients(learner, stream, step, settings)
     learner.scaler.unscale_(learner.optimizer)

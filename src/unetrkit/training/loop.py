@@ -28,8 +28,8 @@ from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, 
 from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate
 
-# measures an objective, telling its second argument how far it is
-Validate = Callable[[nn.Module, Callable[[str], None]], dict[str, float]]
+# measures an objective after so many steps, telling its last argument how far it is
+Validate = Callable[[nn.Module, int, Callable[[str], None]], dict[str, float]]
 Count = Annotated[int, Field(ge=1)]
 SAVE_SECONDS = 600  # a slow computer does not lose more either
 CHECKPOINTS = 4  # in a run folder while one is written: last, previous, best, the new one
@@ -104,9 +104,9 @@ def fit(
 ) -> State:
     """Trains `objective` up to `settings.steps` in `folder`, going on from the checkpoint that is there.
 
-    validate: measures an objective; the larger its value named `better`, the better. export: called with the
-    best objective so far. Raises UserError where a loss is not finite or a file cannot be written, and
-    Interrupted, after saving, on Ctrl-C and SIGTERM.
+    validate: measures an objective; the larger its value named `better`, the better; of "-loss" the smaller.
+    export: called with the best objective so far. Raises UserError where a loss is not finite or a file
+    cannot be written, and Interrupted, after saving, on Ctrl-C and SIGTERM.
     """
     learner = build_learner(objective, settings, optim)
     state = State()
@@ -147,7 +147,7 @@ def fit(
                 # ---- validate, and keep the best
                 if state.step > state.validated and (done or state.step % settings.validate_every == 0):
                     with interruption.abandoning():
-                        measured = _validate(learner, validate, progress.show)
+                        measured = _validate(learner, state.step, validate, progress.show)
                     metrics.write(state.step, "validation", measured)
                     state.validated, unsaved = state.step, True
                     if state.best_step is None or _score(measured, better) > _score(state.best, better):
@@ -192,23 +192,28 @@ def _content(learner: Learner, state: State) -> dict[str, object]:
     return {"learner": learner.state_dict(), "state": asdict(state)}
 
 
-def _validate(learner: Learner, validate: Validate, show: Callable[[str], None]) -> dict[str, float]:
+def _validate(
+    learner: Learner, step: int, validate: Validate, show: Callable[[str], None]
+) -> dict[str, float]:
     learner.subject.eval()
     try:
-        return validate(learner.subject, show)
+        return validate(learner.subject, step, show)
     finally:
         learner.subject.train()
 
 
 def _score(measured: dict[str, float], better: str) -> float:
     """A value that is not defined (no organ anywhere) is worse than any other."""
-    value = measured[better]
-    return value if math.isfinite(value) else -math.inf
+    value = measured[better.removeprefix("-")]
+    if not math.isfinite(value):
+        return -math.inf
+    return -value if better.startswith("-") else value
 
 
 def _validation_line(state: State, measured: dict[str, float], better: str) -> str:
-    best = "the best so far" if state.best_step == state.step else f"the best is {state.best[better]:.4f}"
-    return f"validation after step {state.step}: {better} {measured[better]:.4f}, {best}"
+    name = better.removeprefix("-")
+    best = "the best so far" if state.best_step == state.step else f"the best is {state.best[name]:.4f}"
+    return f"validation after step {state.step}: {name} {measured[name]:.4f}, {best}"
 
 
 @contextmanager

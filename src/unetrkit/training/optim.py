@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +14,9 @@ from unetrkit.config import Settings
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+AFTER = 10**6  # the layer of what follows all others, such as a last norm
 
 
 class OptimSettings(Settings):
@@ -31,6 +35,13 @@ class OptimSettings(Settings):
     warmup: Annotated[int, Field(ge=0)] = 500
     # where cosine and poly end
     lowest_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    # for fine-tuning: the rate of the encoder's last layer, as a share of `lr`
+    encoder_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # and that of each layer before it, as a share of the next one's (https://arxiv.org/abs/2106.08254); 0.75
+    # is usual for a pre-trained transformer
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # steps for which the encoder stays as it began, while the decoder learns to read it
+    frozen_encoder: Annotated[int, Field(ge=0)] = 0
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
@@ -56,19 +67,47 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 
 
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that have a gradient; its rate is set before every step."""
+    """The optimizer of the parameters that have a gradient; `set_rate` goes before every step."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    spared = {n for n, p in trained.items() if settings.decay == "weights" and not _is_weight(n, p)}
+    layers = {name: layer for name in trained if (layer := _layer(name)) is not None}
+    last = max((layer for layer in layers.values() if layer < AFTER), default=0)
+    grouped: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decays = settings.decay == "all" or _is_weight(name, parameter)
+        scale, frozen = 1.0, 0
+        if name in layers:
+            scale = settings.encoder_lr * settings.layer_decay ** max(0, last - layers[name])
+            frozen = settings.frozen_encoder
+        key = (settings.weight_decay if decays else 0.0, scale, frozen)
+        grouped.setdefault(key, []).append(parameter)
     groups = [
-        {"params": [p for n, p in trained.items() if n not in spared], "weight_decay": settings.weight_decay},
-        {"params": [p for n, p in trained.items() if n in spared], "weight_decay": 0.0},
+        {"params": some, "weight_decay": decay, "scale": scale, "frozen": frozen}
+        for (decay, scale, frozen), some in sorted(grouped.items(), key=lambda one: -one[0][0])
     ]
-    groups = [group for group in groups if group["params"]]
     # fused: one pass over all parameters, on a CPU too
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=True, fused=True)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
     return kind(groups, settings.lr, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, rate: float) -> None:
+    """The rate of each group at a step, given that of all: lower for an encoder's layers, 0 while frozen."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if step < group["frozen"] else rate * group["scale"]
+
+
+def _layer(name: str) -> int | None:
+    """Which layer of an encoder a parameter is in, 0 being what goes before the first; None for all else.
+
+    >>> [_layer(f"network.{name}") for name in ("encoder.position", "encoder.blocks.4.norm1.bias", "head")]
+    [0, 5, None]
+    """
+    if not (inside := re.match(r"(?:network\.)?encoder\.(.*)", name)):
+        return None
+    if found := re.match(r"(?:blocks|stages)\.(\d+)\.", inside[1]):
+        return int(found[1]) + 1
+    return 0 if inside[1].startswith(("embedding", "position", "stem")) else AFTER
 
 
 def _is_weight(name: str, parameter: nn.Parameter) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,25 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-import unetrkit
-from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.config import Settings
 from unetrkit.data.augment import AugmentSettings
-from unetrkit.data.files import alone, atomic_write, read_json, write_problems
-from unetrkit.data.folds import split_cases
+from unetrkit.data.files import read_json
+from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
-from unetrkit.data.store import Store, StoredCase
-from unetrkit.errors import UserError
+from unetrkit.data.store import Store
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
-from unetrkit.training import checkpoint
+from unetrkit.training.folder import Job, carry_out
 from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
-from unetrkit.training.learner import Batch, build_learner, device_of
+from unetrkit.training.learner import Batch, device_of
 from unetrkit.training.log import say
-from unetrkit.training.loop import LoopSettings, State, fit
+from unetrkit.training.loop import LoopSettings, State
 from unetrkit.training.losses import LossSettings
-from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.optim import OptimSettings
 from unetrkit.training.segmentation import Segmentation
 from unetrkit.training.validation import Validation, ValidationSettings
-
-# what may change when a run goes on: where things are and how fast, not what is computed
-FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
-FREE |= {"init_minimum", "init_trust"}
-
-LOCK = ".train.lock"
 
 
 class TrainSettings(Settings):
@@ -128,28 +119,21 @@ def train(settings: TrainSettings) -> State:
     elif begun is not None:
         options = begun["options"] | options
     network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
+    about: list[str] = []
     if initial is not None:
         audit = begin(network, settings.network, initial, settings.init_minimum)
         begun = provenance(initial, audit, initial.options(settings.network))
-    device = device_of(settings.loop.device)
+        about = [f"begins with `{init}`", *audit.summary(), *audit.notes]
+    origin = {"init": begun} if begun else {}
     measured = validation[: settings.validation.cases]
+    some = f"{len(measured)} of " if len(measured) < len(validation) else ""
+    cases = f"{len(training)} cases, validated on {some}{len(validation)}"
+    device = device_of(settings.loop.device).type
     measure = Validation(
         plan,
         measured,
-        PredictSettings(
-            overlap=settings.validation.overlap,
-            window=patch,
-            device=device.type,
-        ),
+        PredictSettings(overlap=settings.validation.overlap, window=patch, device=device),
     )
-    names = tuple(case.name for case in training)
-    record = {
-        "plan": store.plan_hash,
-        "training": names,
-        "validation": [case.name for case in validation],
-        "sources": {case.name: case.source for case in training + validation},
-        **({"init": begun} if begun else {}),
-    }
 
     def export(objective: nn.Module, state: State) -> None:
         save_model(
@@ -159,52 +143,31 @@ def train(settings: TrainSettings) -> State:
             image_size=patch,
             options=options,
             plan=plan,
-            origin={
-                "run": out.name,
-                "fold": settings.fold,
-                "step": state.best_step,
-                **state.best,
-                **({"init": begun} if begun else {}),
-            },
+            origin={"run": out.name, "fold": settings.fold, "step": state.best_step} | state.best | origin,
         )
 
-    _make_folder(out)
-    with alone(out / LOCK, f"another process is training in `{out}`"):
-        _open(out, settings, record)
-        some = f"{len(measured)} of " if len(measured) < len(validation) else ""
-        say(f"{settings.network} on {len(training)} cases, validated on {some}{len(validation)}, in {out}")
-        if initial is not None:
-            for line in (f"begins with `{init}`", *audit.summary(), *audit.notes):
-                say(line)
-        objective = Segmentation(network, settings.loss)
-        state = fit(
-            objective,
-            Patches(settings.data, names, settings),
-            out,
-            settings.loop,
-            settings.optim,
-            validate=lambda objective, show: measure(objective.get_submodule("network"), show),
-            better="dice",
-            export=export,
-        )
-        try:
-            load_model(out / "model")
-        except UserError as problem:
-            say(f"{problem.message}; writing it again from `{out / 'best'}`")
-            learner = build_learner(objective, settings.loop, settings.optim)
-            learner.load_state_dict(checkpoint.load(out / "best")["learner"])
-            export(learner.subject, state)
-    say(f"finished {state.step} steps; the best, dice {state.best['dice']:.4f}, is of step {state.best_step}")
+    job = Job(
+        settings,
+        settings.loop,
+        settings.optim,
+        Segmentation(network, settings.loss),
+        Patches(settings.data, tuple(case.name for case in training), settings),
+        validate=lambda objective, step, show: measure(objective.get_submodule("network"), show),
+        better="dice",
+        export=export,
+        load=load_model,
+        made_of={
+            "plan": store.plan_hash,
+            "training": [case.name for case in training],
+            "validation": [case.name for case in validation],
+            "sources": {case.name: case.source for case in training + validation},
+            **origin,
+        },
+        about=(f"{settings.network} on {cases}, in {out}", *about),
+    )
+    state = carry_out(job, out)
     say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
     return state
-
-
-def first_cases(training: list[StoredCase], count: int | None) -> list[StoredCase]:
-    """The first `count` training cases, or all. Raises UserError where there are fewer."""
-    if count is not None and count > len(training):
-        message = f"{count} training cases are asked for, and there are {len(training)}"
-        raise UserError(message, hint="give fewer, or add cases to the data list")
-    return training[:count]
 
 
 def _begun_with(out: Path) -> dict[str, Any] | None:
@@ -215,65 +178,3 @@ def _begun_with(out: Path) -> dict[str, Any] | None:
     began = read_json(record)
     found = began.get("init") if isinstance(began, dict) else None
     return found if isinstance(found, dict) and isinstance(found.get("options"), dict) else None
-
-
-def _make_folder(out: Path) -> None:
-    """Raises UserError where something else than a run is there already."""
-    if out.exists() and not (out / "config.yaml").exists():
-        if not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir()):
-            raise UserError(f"`{out}` holds something that is not a run", hint="name a new folder as `out`")
-    with write_problems(out):
-        out.mkdir(parents=True, exist_ok=True)
-
-
-def _open(out: Path, settings: TrainSettings, made_of: Mapping[str, object]) -> None:
-    """Begins a new run, or goes on with the same. Raises UserError for any other."""
-    config, record = out / "config.yaml", out / "run.json"
-    if config.exists():
-        same_run(load_recipe(TrainSettings, config), settings, out)
-        if not record.exists() and any((out / name).exists() for name in ("last", "previous")):
-            raise UserError(
-                f"`{record}`, which says what the run was trained on, is missing",
-                hint="restore it, or begin a new run with another `out`",
-            )
-        began = read_json(record) if record.exists() else made_of
-        for name, value in json.loads(json.dumps({**made_of})).items():
-            if name == "init" and isinstance(began, dict) and began.get(name) != value:
-                raise UserError(
-                    f"`{settings.init}` is not the file that the run in `{out}` began with",
-                    hint="another `out` begins a new run",
-                )
-            if not isinstance(began, dict) or began.get(name) != value:
-                what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
-                what = what or f"other {name} cases"
-                raise UserError(
-                    f"`{settings.data}` has {what} than when the run in `{out}` began",
-                    hint="another `out` begins a new run",
-                )
-    atomic_write(config, to_yaml(settings).encode())
-    atomic_write(record, json.dumps({**made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
-
-
-def same_run(before: TrainSettings, now: TrainSettings, out: Path) -> None:
-    """Settings that change what is computed must be the same; a longer run must begin with the same rates."""
-    old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, now))
-    differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
-    if differing == ["loop.steps"]:
-        steps, more = before.loop.steps, now.loop.steps
-        same = (learning_rate(s, steps, now.optim) == learning_rate(s, more, now.optim) for s in range(steps))
-        if more > steps and all(same):
-            return
-        raise UserError(
-            f"`{out}` holds a run of {steps} steps, not of {more}",
-            hint="it can go on for longer if its `optim.schedule` is constant; else choose another `out`",
-        )
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"`{out}` holds another run: its `{name}` is {_json(old.get(name))}, not {_json(new.get(name))}",
-            hint="another `out` begins a new run; with its own settings this one goes on",
-        )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,64 @@
+"""What every command shares: the application, options that several have, where words go."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unetrkit import __version__
+
+app = typer.Typer(
+    name="unetrkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Transformer networks for 3D medical image segmentation, from scans to measured results.",
+    epilog="Start with `unetrkit demo`, or with your own scans: check, prepare, train, predict, evaluate.",
+)
+
+DataArgument = Annotated[
+    Path,
+    typer.Argument(help="A data list (JSON, CSV), an nnU-Net folder, or a folder of image/label pairs."),
+]
+Workers = Annotated[int, typer.Option(min=1, max=512, help="Processes; all cores by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Outside = Annotated[
+    bool, typer.Option("--allow-outside", help="Accept files outside the data list's folder.")
+]
+CORES = os.cpu_count() or 1
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked))
+    ] = False,
+) -> None:
+    """The options of `unetrkit` itself."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"unetrkit {__version__}")
+        raise typer.Exit()
+
+
+def say(text: str) -> None:
+    """Everything that is not data goes to stderr."""
+    print(text, file=sys.stderr)
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def outside(allowed: bool) -> str:
+    """The option that a next command needs as well."""
+    return " --allow-outside" if allowed else ""

@@ -1,0 +1,79 @@
+"""The commands about scans: check, prepare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unetrkit.cli.app import CORES, AsJson, DataArgument, Outside, Workers, outside, quoted, say
+from unetrkit.errors import UserError
+
+
+def check(
+    data: DataArgument, as_json: AsJson = False, allow_outside: Outside = False, workers: Workers = CORES
+) -> None:
+    """Look for everything in a data set that would make training fail or mislead.
+
+    Exit code 2 if there are errors; warnings do not change it.
+
+    Example: unetrkit check dataset.json
+    """
+    from unetrkit.data.check import check as check_dataset
+    from unetrkit.data.check_report import print_report
+    from unetrkit.data.datalist import read_dataset
+    from unetrkit.progress import progress
+
+    dataset = read_dataset(data, allow_outside=allow_outside)
+    with progress("checking") as report_progress:
+        report = check_dataset(dataset, workers=workers, progress=report_progress)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        print_report(report)
+    if report.errors:
+        first, more = report.errors[0], len(report.errors) - 1
+        also = f" (and {more} more errors, listed above)" if more else ""
+        raise UserError(first.message + also, hint=first.hint)
+    say(f"next: unetrkit prepare {quoted(data)} STORE{outside(allow_outside)}")
+
+
+def prepare(
+    data: DataArgument,
+    out: Annotated[Path, typer.Argument(help="The store to make or to bring up to date.")],
+    override: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Plan entries to override: spacing=1,1,2"),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan instead of computing one.")] = None,
+    published: Annotated[str | None, typer.Option(help="Pin a published plan: btcv.")] = None,
+    workers: Workers = CORES,
+    allow_outside: Outside = False,
+) -> None:
+    """Compute the plan of a data set and write every case into a store that training reads in parts.
+
+    Run it again after a change or an interruption: only what changed is done.
+
+    Example: unetrkit prepare dataset.json store patch_size=96,96,96
+    """
+    from unetrkit.data.datalist import read_dataset
+    from unetrkit.data.fingerprint import make_plan
+    from unetrkit.data.plan import apply_published, override_plan, read_plan
+    from unetrkit.data.prepare import prepare as prepare_store
+    from unetrkit.progress import progress
+
+    dataset = read_dataset(data, allow_outside=allow_outside)
+    if plan is not None:
+        chosen = read_plan(plan)
+    else:
+        with progress("planning") as report_progress:
+            chosen = make_plan(dataset, workers=workers, progress=report_progress)
+    if published is not None:
+        chosen = apply_published(chosen, published)
+    chosen = override_plan(chosen, override or [])
+    with progress("preparing") as report_progress:
+        summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress)
+    say(f"{summary}; the plan is {out / 'plan.json'}")
+    say(f"next: unetrkit train swin_unetr_tiny data={quoted(out)} out=RUN")

@@ -1,0 +1,82 @@
+"""The commands about results: predict, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unetrkit.cli.app import CORES, DataArgument, Outside, Workers, outside, quoted, say
+from unetrkit.memory import keep_freed_memory
+
+
+def predict(
+    scans: Annotated[Path, typer.Argument(help="A scan, a folder of scans, a DICOM series, or a datalist.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the label maps, one per case.")],
+    model: Annotated[list[Path], typer.Option(help="A run or model folder; repeat it to average several.")],
+    override: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overlap=0.5, mirrors=true, device=cpu, …")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a datalist: training, validation, test or all.")] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
+    allow_outside: Outside = False,
+) -> None:
+    """Segment scans: one label map per case, on the case's own grid, with its affine and header.
+
+    Example: unetrkit predict dataset.json predictions --model run --split validation
+    """
+    from unetrkit.config import apply_overrides
+    from unetrkit.inference.predict import PredictSettings
+    from unetrkit.inference.predict import predict as predict_cases
+    from unetrkit.progress import progress
+
+    keep_freed_memory()
+    settings = apply_overrides(PredictSettings, override or [])
+    with progress("predicting") as report_progress:
+        labels = predict_cases(
+            scans,
+            out,
+            model,
+            settings,
+            split=split,
+            overwrite=overwrite,
+            allow_outside=allow_outside,
+            progress=report_progress,
+        )
+    say(f"wrote {len(labels)} label map{'s' * (len(labels) != 1)} in `{out}`")
+    if scans.suffix in (".json", ".csv"):
+        words = f"{quoted(out)} {quoted(scans)} REPORT --run {quoted(model[0])}{outside(allow_outside)}"
+        say(f"next: unetrkit evaluate {words}")
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of predicted label maps.")],
+    data: DataArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for the metrics and the report.")],
+    run: Annotated[Path | None, typer.Option(help="The run that predicted, for its curves.")] = None,
+    tolerance_mm: Annotated[float, typer.Option(min=0.0, help="Of the normalised surface distance.")] = 2.0,
+    workers: Workers = CORES,
+    allow_outside: Outside = False,
+) -> None:
+    """Measure predictions against labels, per organ and case, in millimetres on the original grid.
+
+    Example: unetrkit evaluate predictions dataset.json report --run run
+    """
+    from unetrkit.data.datalist import read_dataset
+    from unetrkit.evaluation.evaluate import evaluate as evaluate_cases
+    from unetrkit.progress import progress
+
+    dataset = read_dataset(data, allow_outside=allow_outside)
+    with progress("evaluating") as report_progress:
+        summary = evaluate_cases(
+            predictions,
+            dataset,
+            out,
+            tolerance_mm=tolerance_mm,
+            run=run,
+            workers=workers,
+            progress=report_progress,
+        )
+    print(summary.table())
+    say(f"next: open {out / 'report.html'}")

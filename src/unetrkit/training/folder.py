@@ -1,0 +1,143 @@
+"""The folder of a run: new, or that of the same run, which then goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import unetrkit
+from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.data.files import alone, atomic_write, read_json, write_problems
+from unetrkit.errors import UserError
+from unetrkit.training import checkpoint
+from unetrkit.training.learner import build_learner
+from unetrkit.training.log import say
+from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
+from unetrkit.training.optim import OptimSettings, learning_rate
+
+# what may change when a run goes on: where things are and how fast, not what is computed
+FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+FREE |= {"init_minimum", "init_trust"}
+
+LOCK = ".train.lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, how it is measured, what it leaves.
+
+    * validate, better, export: see `loop.fit`; load: reads what `export` wrote, or raises UserError
+    * settings: all of them, for `config.yaml`; loop and optim are two of their sections
+    * made_of: what must be the same where the run goes on, for `run.json`; about: said at the beginning
+    """
+
+    settings: Settings
+    loop: LoopSettings
+    optim: OptimSettings
+    objective: nn.Module
+    batches: Batches
+    validate: Validate
+    better: str
+    export: Callable[[nn.Module, State], None]
+    load: Callable[[Path], object]
+    made_of: Mapping[str, object]
+    about: tuple[str, ...]
+
+
+def carry_out(job: Job, out: Path) -> State:
+    """Begins the run, or goes on with it, to its end; what it exported is then there, and sound.
+
+    Raises UserError where `out` holds something else, and what `loop.fit` raises.
+    """
+    _make_folder(out)
+    with alone(out / LOCK, f"another process is training in `{out}`"):
+        _open(out, job)
+        for line in job.about:
+            say(line)
+        state = fit(
+            job.objective,
+            job.batches,
+            out,
+            job.loop,
+            job.optim,
+            validate=job.validate,
+            better=job.better,
+            export=job.export,
+        )
+        try:
+            job.load(out / "model")
+        except UserError as problem:
+            say(f"{problem.message}; writing it again from `{out / 'best'}`")
+            learner = build_learner(job.objective, job.loop, job.optim)
+            learner.load_state_dict(checkpoint.load(out / "best")["learner"])
+            job.export(learner.subject, state)
+    name = job.better.removeprefix("-")
+    best = f"{name} {state.best[name]:.4f}"
+    say(f"finished {state.step} steps; the best, {best}, is of step {state.best_step}")
+    return state
+
+
+def _make_folder(out: Path) -> None:
+    """Raises UserError where something else than a run is there already."""
+    if out.exists() and not (out / "config.yaml").exists():
+        if not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir()):
+            raise UserError(f"`{out}` holds something that is not a run", hint="name a new folder as `out`")
+    with write_problems(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def _open(out: Path, job: Job) -> None:
+    """Begins a new run, or goes on with the same. Raises UserError for any other."""
+    config, record = out / "config.yaml", out / "run.json"
+    if config.exists():
+        same_run(load_recipe(type(job.settings), config), job.settings, job.loop, job.optim, out)
+        if not record.exists() and any((out / name).exists() for name in ("last", "previous")):
+            raise UserError(
+                f"`{record}`, which says what the run was trained on, is missing",
+                hint="restore it, or begin a new run with another `out`",
+            )
+        began = read_json(record) if record.exists() else job.made_of
+        for name, value in json.loads(json.dumps({**job.made_of})).items():
+            if name == "init" and isinstance(began, dict) and began.get(name) != value:
+                raise UserError(
+                    f"the run in `{out}` began with other weights than `init` names",
+                    hint="another `out` begins a new run",
+                )
+            if not isinstance(began, dict) or began.get(name) != value:
+                what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
+                what = what or f"other {name} cases"
+                raise UserError(
+                    f"the data has {what} than when the run in `{out}` began",
+                    hint="another `out` begins a new run",
+                )
+    atomic_write(config, to_yaml(job.settings).encode())
+    atomic_write(record, json.dumps({**job.made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
+
+
+def same_run(before: Settings, now: Settings, loop: LoopSettings, optim: OptimSettings, out: Path) -> None:
+    """Settings that change what is computed must be the same; a longer run must begin with the same rates."""
+    old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, now))
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
+    if differing == ["loop.steps"]:
+        steps, more = int(str(old["loop.steps"])), loop.steps
+        same = (learning_rate(s, steps, optim) == learning_rate(s, more, optim) for s in range(steps))
+        if more > steps and all(same):
+            return
+        raise UserError(
+            f"`{out}` holds a run of {steps} steps, not of {more}",
+            hint="it can go on for longer if its `optim.schedule` is constant; else choose another `out`",
+        )
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"`{out}` holds another run: its `{name}` is {_json(old.get(name))}, not {_json(new.get(name))}",
+            hint="another `out` begins a new run; with its own settings this one goes on",
+        )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
