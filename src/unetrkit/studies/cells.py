@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unetrkit.config import to_yaml
-from unetrkit.data.files import atomic_write, read_json, write_problems
+from unetrkit.data.files import atomic_write, read_json
 from unetrkit.data.store import StoredCase
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model
 from unetrkit.inference.predict import PredictSettings
-from unetrkit.studies.design import Cell, Study, written
+from unetrkit.studies.design import Cell
 from unetrkit.training.learner import device_of
 from unetrkit.training.log import say
 from unetrkit.training.run import train
@@ -35,18 +34,6 @@ class Scores:
     @property
     def organs(self) -> list[str]:
         return list(next(iter(self.dice.values()), {}))
-
-
-def write_configs(study: Study) -> None:
-    """Each cell's config.yaml, so that any machine can make it; one that is there must be the same.
-
-    Raises UserError for cells of another study, or with other settings.
-    """
-    for cell in study.cells:
-        if written(cell) is None:
-            with write_problems(cell.folder):
-                cell.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(cell.folder / "config.yaml", to_yaml(cell.settings).encode())
 
 
 def make(cell: Cell, cases: Sequence[StoredCase]) -> None:
@@ -69,7 +56,7 @@ def make(cell: Cell, cases: Sequence[StoredCase]) -> None:
         "weights": model.description["sha256"],
         "sources": {case.name: case.source for case in cases},
         "training_loss": _training_loss(cell),
-        "dice": Validation(model.plan, cases, how).each_case(model.network, say),
+        "dice": Validation(model.plan, cases, how).each_case(model.network),
     }
     atomic_write(cell.folder / SCORES, json.dumps(scores, indent=1, ensure_ascii=False).encode())
     for name in ("last", "previous", "best"):

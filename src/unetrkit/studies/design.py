@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.row}-n{self.volumes}-seed{self.seed}"
+        return self.folder.name
 
     @property
     def folder(self) -> Path:
@@ -145,9 +145,8 @@ def design(name: str, settings: StudySettings) -> Study:
     for seed in range(settings.loop.seed, settings.loop.seed + settings.seeds):
         for count in volumes:
             for row, changes in rows.items():
-                cell = Cell(row, count, seed, TrainSettings(data=out, network=""))
-                made = _settings(settings, out / "cells" / cell.name, count, seed, changes)
-                cells.append(replace(cell, settings=made))
+                folder = out / "cells" / f"{row}-n{count}-seed{seed}"
+                cells.append(Cell(row, count, seed, _settings(settings, folder, count, seed, changes)))
     return Study(name, out, tuple(rows), volumes, tuple(validation), tuple(cells))
 
 
@@ -209,12 +208,9 @@ def _common_options(settings: LabelEfficiencySettings, store: Store) -> dict[str
     return found or {}
 
 
-def written(cell: Cell) -> TrainSettings | None:
-    """The settings in a cell's folder, None where there are none yet. Raises UserError where they differ."""
-    config = cell.folder / "config.yaml"
-    if not config.exists():
-        return None
-    before = load_recipe(TrainSettings, config)
-    now = cell.settings
-    same_run(before, now, now.loop, now.optim, cell.folder)
-    return before
+def written(cell: Cell) -> bool:
+    """Whether the cell's folder has its config.yaml. Raises UserError where that is of another run."""
+    config, now = cell.folder / "config.yaml", cell.settings
+    if config.exists():
+        same_run(load_recipe(TrainSettings, config), now, now.loop, now.optim, cell.folder)
+    return config.exists()

@@ -8,8 +8,8 @@ import time
 from unetrkit.config import to_yaml
 from unetrkit.data.files import atomic_write, write_problems
 from unetrkit.errors import UserError, nearest
-from unetrkit.studies.cells import Scores, make, scores_of, write_configs
-from unetrkit.studies.design import Cell, Study, StudySettings, design
+from unetrkit.studies.cells import Scores, make, scores_of
+from unetrkit.studies.design import Cell, Study, StudySettings, design, written
 from unetrkit.studies.results import results
 from unetrkit.studies.tables import write_tables
 from unetrkit.training.log import duration, say
@@ -26,10 +26,13 @@ def open_study(name: str, settings: StudySettings) -> Study:
         if not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir()):
             hint = "name a new folder as `out`"
             raise UserError(f"`{out}` holds something that is not a study of {name}", hint=hint)
+    new = [cell for cell in study.cells if not written(cell)]
     with write_problems(out):
-        out.mkdir(parents=True, exist_ok=True)
+        for cell in new:
+            cell.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(recipe, to_yaml(settings).encode())
-    write_configs(study)
+    for cell in new:
+        atomic_write(cell.folder / "config.yaml", to_yaml(cell.settings).encode())
     return study
 
 

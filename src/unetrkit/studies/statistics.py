@@ -92,12 +92,12 @@ def _influence(differences: np.ndarray, subjects: Sequence[str]) -> tuple[np.nda
     differences, defined = differences[..., measured], defined[..., measured]
     counts = defined.sum(axis=(0, 1))
     means = np.where(defined, differences, 0).sum(axis=(0, 1)) / counts
-    cells = len(names) * len(differences)
+    present = np.zeros(len(names), bool)
+    np.logical_or.at(present, rows, defined.any(axis=(0, 2)))
+    cells = present.sum() * len(differences)
     deviations = np.where(defined, differences - means, 0) * (cells / counts)  # seeds cases organs
     table = np.zeros((len(names), len(differences)))
     np.add.at(table, rows, deviations.mean(axis=2).T)
-    present = np.zeros(len(names), bool)
-    np.logical_or.at(present, rows, defined.any(axis=(0, 2)))
     return table[present], float(means.mean())
 
 
