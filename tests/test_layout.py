@@ -16,6 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room may import itself and the rooms that stand before it.
 ORDER = (
     "errors",
+    "ranks",
     "memory",
     "progress",
     "plain_yaml",

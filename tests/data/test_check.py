@@ -394,7 +394,7 @@ def test_real_channels_on_three_grids_are_refused(shared_data):
 def awkward(shared_data: Path, names: Sequence[str]) -> Dataset:
     root = shared_data / "awkward"
     cases = tuple(Case(name, (root / name,), None, name, "training") for name in names)
-    return Dataset("awkward", root, cases, {}, ("MR",))
+    return Dataset("awkward", root, cases, {0: "background", 1: "brain"}, ("MR",))
 
 
 def test_one_brain_in_six_orders_of_the_axes_is_found_five_times(shared_data):
@@ -411,3 +411,14 @@ def test_real_broken_files_are_findings_and_never_a_traceback(shared_data):
     for name, finding in zip(broken, report.errors, strict=False):
         assert f"{name}.nii.gz" in finding.message
     assert "6 cases read: 7 errors" in printed(report)
+
+
+def test_a_list_without_labels_can_be_pretrained_on(dataset):
+    images = replace(dataset, labels={}, cases=tuple(replace(case, label=None) for case in dataset.cases))
+    report = check(images, workers=1)
+    assert codes(report) == [("warning", "split", "")]
+    assert "0 with a label" in printed(report)
+    one = check(replace(images, cases=tuple(replace(case, subject="s") for case in images.cases[:2])))
+    assert "all cases are of one subject: none is left to validate on" in one.errors[0].message
+    tests = check(replace(images, cases=tuple(replace(case, split="test") for case in images.cases)))
+    assert [finding.code for finding in tests.errors] == ["split"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unetrkit.data.datalist import Case, Dataset, read_dataset
+from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from, read_dataset
 from unetrkit.data.layouts import stem
 from unetrkit.errors import UserError
 
@@ -462,3 +462,29 @@ def test_a_dataset_json_beside_a_table_or_in_a_folder_of_pairs_names_classes_and
     dataset = read_dataset(tmp_path / "list.csv" if table else tmp_path)
     assert (dataset.labels, dataset.channels) == ({0: "background", 1: "liver"}, ("CT",))
     assert dataset.cases[0].label == tmp_path / "labels/a.nii"
+
+
+def test_labels_are_left_aside_when_asked_and_never_by_themselves(tmp_path):
+    touch(tmp_path, "a.nii", "al.nii", "b.nii", "c.nii")
+    training = [{"image": "a.nii", "label": "al.nii"}, "b.nii"]
+    labels = {"0": "background", "1": "liver"}
+    path = write_list(tmp_path, {"labels": labels, "training": training, "test": ["c.nii"]})
+    with pytest.raises(UserError, match=r"training\[1\] has no label \(1 such case of 2\)") as caught:
+        read_dataset(path)
+    assert "`prepare --unlabelled` takes every image" in caught.value.hint
+    dataset = read_dataset(path, unlabelled=True)
+    assert [case.label for case in dataset.cases] == [None] * 3 and dataset.labels == {}
+    assert [case.name for case in cases_to_learn_from(dataset)] == ["a", "b"]
+
+
+def test_what_has_no_label_is_learnt_from_where_no_class_is_declared(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "t.nii")
+    listed = {"training": ["a.nii"], "validation": [{"image": "b.nii"}], "test": ["t.nii"]}
+    assert [case.name for case in cases_to_learn_from(read_dataset(write_list(tmp_path, listed)))] == [
+        "a",
+        "b",
+    ]
+    declared = read_dataset(write_list(tmp_path, {"labels": {"liver": 1}, **listed}))
+    with pytest.raises(UserError, match="no labelled case to learn from") as caught:
+        cases_to_learn_from(declared)
+    assert "--unlabelled" in caught.value.hint

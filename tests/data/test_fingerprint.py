@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -196,3 +197,30 @@ def test_the_plan_of_head_and_neck(shared_data: Path) -> None:
     assert plan.intensity[0].kind == "window" and -1024 <= plan.intensity[0].lower < -500
     assert named(plan.mirror_pairs, names) == {("RightParotid", "LeftParotid")}
     assert 3.7 < plan.spacing[0] < 5.5 and plan.spacing[2] == 2.5
+
+
+def test_the_plan_of_scans_without_labels_has_no_classes_and_a_window_of_what_is_not_air(
+    tmp_path: Path,
+) -> None:
+    cases = []
+    for i, inside in enumerate(HU):
+        image = np.full((20, 20, 20), -1024, np.int16)
+        image[5:15, 5:15, 5:15] = inside
+        case = write(tmp_path, f"c{i}", image, np.zeros_like(image), (1.0 + i, 2.0, 3.0))
+        cases.append(replace(case, label=None))
+    plan = make_plan(Dataset("d", tmp_path, tuple(cases), {}, ("CT",)), workers=1)
+    lower, upper = np.percentile(np.concatenate(HU), [0.5, 99.5])
+    assert (plan.intensity[0].lower, plan.intensity[0].upper) == (np.floor(lower), np.ceil(upper))
+    assert plan.classes == () and plan.mirror_pairs == () and plan.spacing == (2.0, 2.0, 3.0)
+    assert plan.patch_size == plan_of(tmp_path, "CT", HU).patch_size
+    assert plan.statistics["cases"] == 3
+    with pytest.raises(UserError, match="no labelled case") as caught:
+        make_plan(Dataset("d", tmp_path, tuple(cases), {0: "background", 1: "liver"}, ("CT",)))
+    assert "--unlabelled" in caught.value.hint
+
+
+def test_scans_of_nothing_but_air_still_have_a_window(tmp_path: Path) -> None:
+    air = np.random.default_rng(0).integers(-1024, -900, (8, 8, 8)).astype(np.int16)
+    case = replace(write(tmp_path, "air", air, np.zeros_like(air)), label=None)
+    window = make_plan(Dataset("d", tmp_path, (case,), {}, ("CT",)), workers=1).intensity[0]
+    assert -1025 < window.lower < window.upper < -899

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.data.small_store import small_plan
 
 from unetrkit.data.plan import (
+    Intensity,
     Plan,
     apply_published,
     override_plan,
     parse_plan,
+    plan_bytes,
     plan_hash,
     read_plan,
     write_plan,
 )
+from unetrkit.data.store import preprocessing_hash
 from unetrkit.errors import UserError
 
 VALUES: dict[str, object] = {
@@ -163,3 +167,38 @@ def test_the_hash_follows_what_matters_and_nothing_else(tmp_path: Path) -> None:
     assert len({plan_hash(plan(**change)) for change in [{}, *others]}) == 6
     write_plan(tmp_path / "plan.json", plan())
     assert plan_hash(read_plan(tmp_path / "plan.json")) == plan_hash(plan())
+
+
+def test_published_plans_for_pretraining() -> None:
+    swin, vit, dae = (apply_published(plan(), name) for name in ("swin_ssl", "vit_ssl", "dae"))
+    assert (swin.intensity[0].lower, swin.intensity[0].upper) == (-1000, 1000) and not swin.resample
+    assert (vit.intensity[0].lower, vit.intensity[0].upper) == (-57, 164) and vit.resample
+    assert vit.spacing == (2, 2, 2) and swin.spacing == dae.spacing == plan().spacing
+    assert {one.patch_size for one in (swin, vit, dae)} == {(96, 96, 96)}
+    mr = {"kind": "zscore", "lower": 0.5, "upper": 99.5}
+    both = plan(channels=["MR", "CT"], intensity=[mr, *VALUES["intensity"]])
+    assert apply_published(both, "dae").intensity == (
+        Intensity(kind="zscore", lower=0, upper=100),
+        Intensity(kind="window", lower=-1000, upper=1000),
+    )
+
+
+def test_a_plan_that_resamples_is_what_it_was_before_one_could_choose(tmp_path: Path) -> None:
+    # both hashes were computed before `resample` was an entry: the stores of that time stay valid
+    before = "2cf3084aaf7da48bedac25a78fa92e6f3cfd29f04a2d8de98962a3a531909e0a"
+    assert preprocessing_hash(small_plan()) == before
+    assert plan_hash(small_plan()) == "e16d2dab79ba76dc847fef2d2a2cd465a23dc5e6cfec6735d24c19bfcb58380a"
+    assert b"resample" not in plan_bytes(small_plan(resample=True))
+    native = override_plan(small_plan(), ["resample=false"])
+    assert preprocessing_hash(native) != before
+    write_plan(tmp_path / "plan.json", native)
+    assert read_plan(tmp_path / "plan.json") == native and not native.resample
+    assert override_plan(native, ["resample=true"]) == small_plan()
+
+
+def test_a_plan_without_classes_is_one_and_with_background_alone_is_none() -> None:
+    assert plan(classes=[], mirror_pairs=[]).mirrored == ()
+    with pytest.raises(UserError, match="classes must begin with id 0"):
+        plan(classes=[{"id": 0, "name": "background"}], mirror_pairs=[])
+    with pytest.raises(UserError, match="mirror_pairs names ids that are not classes"):
+        plan(classes=[])

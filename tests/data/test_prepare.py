@@ -327,10 +327,10 @@ def test_a_label_on_another_grid_or_with_unknown_ids_is_refused(dataset: Dataset
         prepare(dataset, PLAN, tmp_path / "store", workers=1)
 
 
-def test_a_data_set_without_labels_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_classes_without_any_label_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     cases = (Case("a", (tmp_path / "a.nii",), None, "a", "training", None),)
     with pytest.raises(UserError, match="no labelled case"):
-        prepare(Dataset("x", tmp_path, cases, {}, ()), PLAN, tmp_path / "store")
+        prepare(Dataset("x", tmp_path, cases, {0: "background", 1: "liver"}, ()), PLAN, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
@@ -340,3 +340,32 @@ def test_two_at_once_on_one_store_are_refused(dataset: Dataset, tmp_path: Path) 
             prepare(dataset, PLAN, tmp_path / "store", workers=1)
 
     prepare(dataset, PLAN, tmp_path / "store", workers=1, progress=again)
+
+
+def without_labels(dataset: Dataset) -> Dataset:
+    return replace(dataset, cases=tuple(replace(case, label=None) for case in dataset.cases), labels={})
+
+
+def test_a_store_without_labels_holds_the_same_images_and_no_air_to_centre_on(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    with_labels, without = tmp_path / "with", tmp_path / "without"
+    prepare(dataset, PLAN, with_labels, workers=1)
+    # a plan of labelled scans serves: the network is fine-tuned with what it was pre-trained with
+    prepare(without_labels(dataset), PLAN, without, workers=1)
+    store = Store.open(without)
+    assert store.plan == PLAN.model_copy(update={"classes": ()}) and len(store.cases) == 6
+    for ours, theirs in zip(store.cases, Store.open(with_labels).cases, strict=True):
+        assert np.array_equal(ours.whole_image(), theirs.whole_image()) and ours.split == theirs.split
+        assert ours.label_file is None and ours.counts == (np.prod(ours.shape),)
+        assert not ours.label((0, 0, 0), ours.shape).any()
+        x, y, z = ours.centres(0).T
+        assert len(x) > 1000 and (ours.whole_image()[0, x, y, z] > 0).all()
+        assert (ours.path / "label.chunks").stat().st_size < 1000
+    assert redone(without, without_labels(dataset)) == []
+
+
+def test_labels_need_a_plan_with_classes(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the plan has no classes, but `phantom` has labels") as caught:
+        prepare(dataset, PLAN.model_copy(update={"classes": ()}), tmp_path / "store", workers=1)
+    assert "--unlabelled" in caught.value.hint and not (tmp_path / "store").exists()

@@ -164,3 +164,19 @@ def test_six_stored_orders_of_one_brain_give_one_array(shared_data: Path) -> Non
         assert array.shape == arrays[0].shape
         # the six files carry slopes that differ in the last bits
         np.testing.assert_allclose(array, arrays[0], atol=1e-4)
+
+
+def test_without_resampling_every_case_keeps_its_own_spacing() -> None:
+    generator = np.random.default_rng(0)
+    for spacing in ((1.5, 0.7, 3.0), (0.9, 2.0, 1.0)):
+        image = np.full((1, 9, 12, 7), -1000.0, np.float32)
+        image[0, 2:7, 3:11, 1:6] = generator.uniform(-170, 240, (5, 8, 5))
+        label = generator.integers(0, 3, (1, 9, 12, 7)).astype(np.uint8)
+        plan = plan_of(WINDOW, spacing=(1.1, 1.1, 1.1)).model_copy(update={"resample": False})
+        # stored L, P, S
+        array, grid = preprocess(Volume(image, np.diag([-spacing[0], -spacing[1], spacing[2], 1])), plan)
+        assert grid.size == grid.box_shape == (5, 8, 5)
+        upright = image[:, ::-1, ::-1][:, 2:7, 1:9, 1:6]
+        np.testing.assert_allclose(array, (upright + 175) / 425, atol=1e-6)
+        native = restore_label(preprocess_label(label, grid, plan), grid)
+        np.testing.assert_array_equal(native[2:7, 3:11, 1:6], label[0, 2:7, 3:11, 1:6])

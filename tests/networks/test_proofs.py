@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, object]] = {
     "vit_autoencoder": {"depth": 5, "width": 48, "heads": 4},
     "swin": {"feature_size": 12},
     "primus": {"width": 24, "heads": 2, "depth": 2},
+    "masked": {"width": 48, "heads": 4, "depth": 3, "decoder_width": 24, "decoder_heads": 2},
 }
 SIZE = (33, 20, 16)
 
@@ -201,6 +202,8 @@ NAMES = {
     "primus_m": (383, "dc5a91f4fc3366ef"),
     "primus_l": (567, "1c7ca5a3d485559d"),
     "vit_autoencoder": (141, "23be06d4c1fbb5f6"),
+    "masked_autoencoder": (188, "2485c120b7a1e435"),
+    "masked_autoencoder_primus": (332, "a31d07d959b565c1"),
     "swin_heads": (129, "78119be39938751e"),
     "swin_unetr_reconstruction": (151, "b4e873b944b0c471"),
 }

@@ -206,17 +206,77 @@ def test_the_average_is_what_is_validated_and_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(seen[2], seen[1] * 0.25 + weight * 0.75)
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(tmp_path: Path, amp: str) -> None:
+def poisoned(numbers: set[int], times: int = 10**6, before: Callable[[int], None] = lambda n: None) -> Cubes:
+    """Batches of which some hold a NaN, the first so many times that they are made."""
+    left = dict.fromkeys(numbers, times)
+
     class Poisoned(Cubes):
         def __call__(self, start: int, stop: int):
             for number, batch in enumerate(super().__call__(start, stop), start):
-                if number == 12:
+                if left.get(number, 0):
+                    left[number] -= 1
                     batch["image"][0, 0, 3, 3, 3] = float("nan")
                 yield batch
 
+    return Poisoned(before=before)
+
+
+def record(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [one for one in map(json.loads, lines) if one["event"] == event]
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_step_that_is_not_finite_is_left_out_and_its_cases_named(
+    tmp_path: Path, amp: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run(tmp_path, loop(amp=amp, log_every=1), poisoned({12, 14}))
+    said = capsys.readouterr().err
+    assert "warning: the loss is not finite at step 12, left out: cases `case12`" in said
+    assert "step 14, left out: cases `case14`" in said
+    assert (state.step, state.skipped, state.halved) == (20, 0, 0)
+    assert [r["step"] for r in record(tmp_path, "training") if "loss" not in r] == [13, 15]
+    saved = checkpoint.load(tmp_path / "last")["learner"]["objective"]
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_steps_left_out_are_left_out_again_where_a_run_goes_on(tmp_path: Path) -> None:
+    run(tmp_path / "whole", loop(), poisoned({8, 9, 10, 13}))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", loop(), poisoned({8, 9, 10, 13}, before=at(9, interrupt)))
+    run(tmp_path / "parts", loop(), poisoned({8, 9, 10, 13}))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_too_many_in_a_row_go_back_to_the_last_checkpoint_at_half_the_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = loop(skips=3, log_every=1)
+    state = run(tmp_path, settings, poisoned({11, 12, 13, 14}, times=1))
+    assert (state.step, state.halved) == (20, 1)
+    assert (
+        "3 steps in a row were not finite: going back to step 10, at a rate of 1/2" in capsys.readouterr().err
+    )
+    run(tmp_path / "plain", settings)
+    plain = {one["step"]: one["lr"] for one in record(tmp_path / "plain", "training")}
+    rates = [(one["step"], one["lr"] / plain[one["step"]]) for one in record(tmp_path, "training")]
+    assert rates == [(step, 1.0 if step <= 10 else 0.5) for step in range(1, 21)]
+
+
+def test_what_stays_not_finite_ends_the_run_with_what_was_tried(tmp_path: Path) -> None:
+    always = set(range(12, 20))
+    with pytest.raises(
+        UserError, match="at step 15, after going back 2 times to half the rate: rate"
+    ) as found:
+        run(tmp_path, loop(skips=3), poisoned(always))
+    assert "`case15`" in found.value.message
+    assert checkpoint.load(tmp_path / "last")["state"]["step"] == 10
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(tmp_path: Path, amp: str) -> None:
     with pytest.raises(UserError, match=r"the loss is not finite at step 12: rate 0\.00.*`case12`") as found:
-        run(tmp_path, loop(amp=amp), Poisoned())
+        run(tmp_path, loop(amp=amp, skips=0), poisoned({12}))
     assert "optim.lr" in found.value.hint
     saved = checkpoint.load(tmp_path / "last")
     assert saved["state"]["step"] == 10
@@ -240,7 +300,7 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path: P
             rooted,
             Cubes(),
             tmp_path,
-            loop(),
+            loop(skips=0),
             OPTIM,
             validate=lambda trained, step, show: measure(trained),
             better="score",
@@ -253,7 +313,7 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path: P
 def test_too_little_memory_names_what_to_lower_and_other_errors_stay(tmp_path: Path, moment: int) -> None:
     with pytest.raises(UserError, match=f"the computer's memory is too small for step {moment}") as found:
         run(tmp_path / "a", loop(), Cubes(before=at(moment, lambda: torch.empty(2**50))))
-    assert "`sampling.batch_size`" in found.value.hint
+    assert "`sampling.batch_size=1` with `loop.accumulate=2`" in found.value.hint
     with pytest.raises(RuntimeError, match="shape"):
         run(tmp_path / "b", loop(), Cubes(before=at(moment, lambda: torch.empty(6).view(4))))
 

@@ -275,3 +275,11 @@ def test_a_label_that_changed_its_grid_since_it_was_prepared_is_named(store: Pat
     measure = Validation(opened.plan, [], PredictSettings())
     with pytest.raises(UserError, match=r"changed\.nii\.gz` is not on the grid .*32x32x31 instead of"):
         measure._truth(replace(opened.cases[0], label_file=changed))
+
+
+def test_scans_without_labels_cannot_be_trained_on(store: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(store.parent / "dataset.json", unlabelled=True)
+    prepare(dataset, make_plan(dataset, workers=1), tmp_path / "store", workers=1)
+    with pytest.raises(UserError, match="were prepared without labels") as caught:
+        train(settings(tmp_path / "store", tmp_path / "run"))
+    assert "unetrkit pretrain" in caught.value.hint and not (tmp_path / "run").exists()

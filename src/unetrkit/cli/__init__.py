@@ -11,12 +11,23 @@ import typer
 from unetrkit.cli.about import demo, info
 from unetrkit.cli.app import app, say
 from unetrkit.cli.data import check, prepare
-from unetrkit.cli.learn import train
+from unetrkit.cli.learn import pretrain, train
 from unetrkit.cli.results import evaluate, predict
 from unetrkit.cli.study import study
 from unetrkit.errors import ExitCode, Interrupted, UserError
+from unetrkit.ranks import first_to_say
 
-for command in (demo, check, prepare, train, predict, evaluate, study, info):  # as `--help` lists them
+for command in (
+    demo,
+    check,
+    prepare,
+    pretrain,
+    train,
+    predict,
+    evaluate,
+    study,
+    info,
+):  # as `--help` lists them
     app.command()(command)
 
 
@@ -25,9 +36,10 @@ def _lower(text: str) -> str:
 
 
 def report_error(message: str, hint: str, code: ExitCode) -> NoReturn:
-    say(f"error: {message}")
-    if hint:
-        say(f"\nhint: {hint}")
+    if first_to_say(message):
+        say(f"error: {message}")
+        if hint:
+            say(f"\nhint: {hint}")
     sys.exit(code)
 
 

@@ -48,7 +48,12 @@ def prepare(
         typer.Argument(metavar="KEY=VALUE", help="Plan entries to override: spacing=1,1,2"),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Use this plan instead of computing one.")] = None,
-    published: Annotated[str | None, typer.Option(help="Pin a published plan: btcv.")] = None,
+    published: Annotated[
+        str | None, typer.Option(help="Pin a published plan: btcv, swin_ssl, vit_ssl, dae.")
+    ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Leave labels aside: for pre-training.")
+    ] = False,
     workers: Workers = CORES,
     allow_outside: Outside = False,
 ) -> None:
@@ -58,13 +63,13 @@ def prepare(
 
     Example: unetrkit prepare dataset.json store patch_size=96,96,96
     """
-    from unetrkit.data.datalist import read_dataset
+    from unetrkit.data.datalist import cases_to_learn_from, read_dataset
     from unetrkit.data.fingerprint import make_plan
     from unetrkit.data.plan import apply_published, override_plan, read_plan
     from unetrkit.data.prepare import prepare as prepare_store
     from unetrkit.progress import progress
 
-    dataset = read_dataset(data, allow_outside=allow_outside)
+    dataset = read_dataset(data, allow_outside=allow_outside, unlabelled=unlabelled)
     if plan is not None:
         chosen = read_plan(plan)
     else:
@@ -76,4 +81,5 @@ def prepare(
     with progress("preparing") as report_progress:
         summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress)
     say(f"{summary}; the plan is {out / 'plan.json'}")
-    say(f"next: unetrkit train swin_unetr_tiny data={quoted(out)} out=RUN")
+    what = "train swin_unetr_tiny" if cases_to_learn_from(dataset)[0].label else "pretrain swin_heads"
+    say(f"next: unetrkit {what} data={quoted(out)} out=RUN")

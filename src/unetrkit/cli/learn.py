@@ -25,3 +25,24 @@ def train(
 
     keep_freed_memory()
     train_network(load_recipe(TrainSettings, recipe, override or []))
+
+
+def pretrain(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe (swin_heads, …), a YAML file, or RUN/config.yaml."),
+    ],
+    override: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings: data=STORE, loop.steps=5000")
+    ] = None,
+) -> None:
+    """Pre-train a network on scans without labels. The same command again goes on where it was stopped.
+
+    Example: unetrkit pretrain swin_heads data=store out=pretrained watch.probe=labelled_store
+    """
+    from unetrkit.config import load_recipe
+    from unetrkit.pretraining.run import PretrainSettings
+    from unetrkit.pretraining.run import pretrain as pretrain_network
+
+    keep_freed_memory()
+    pretrain_network(load_recipe(PretrainSettings, recipe, override or []))

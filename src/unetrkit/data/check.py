@@ -55,7 +55,8 @@ def check(dataset: Dataset, *, workers: int | None = None, progress: Progress | 
     Errors: nothing to train or to validate on; what cannot be read; a label off its image's grid; undeclared
     label values; a constant channel; a wrong number of channels; the same voxels or subject in two splits or
     declared folds. Warnings: empty labels, odd headers, outlying sizes, spacings and intensities, the same
-    voxels twice in one split, classes that nobody has drawn, files outside of the data set's folder.
+    voxels twice in one split, classes that nobody has drawn, files outside of the data set's folder, no case
+    with a label.
 
     workers: processes, each with one case in memory; None means one for each core. Raises UserError where a
     process is killed, as for want of memory.
@@ -77,18 +78,26 @@ def _outside(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
 
 
 def _split(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
-    labelled = [case for case in dataset.cases if case.label and case.split != "test"]
-    training = [case for case in labelled if case.split == "training"]
+    some, kind = [case for case in dataset.cases if case.split != "test"], "labelled cases"
+    if dataset.labels or any(case.label for case in some):
+        some = [case for case in some if case.label]
+    elif some:
+        kind = "cases"
+        message = (
+            "no case has a label: this can be pre-trained on, with `unetrkit pretrain`, but not trained on"
+        )
+        yield Finding("", "warning", "split", message)
+    training = [case for case in some if case.split == "training"]
     folds = any(case.fold is not None for case in training)
     parts = {case.fold if folds else case.subject for case in training}
-    message, hint = "", "add labelled cases to `training`; scans to predict need no check"
-    if not labelled:
+    message, hint = "", f"add {kind} to `training`; scans to predict need no check"
+    if not some:
         message = "no case has a label: there is nothing to train on"
     elif not training:
-        message = "all labelled cases are for validation: none is left to train on"
-    elif training == labelled and len(parts) < 2:
-        part, hint = ("fold" if folds else "subject"), "add labelled cases of other subjects"
-        message = f"all labelled cases are of one {part}: none is left to validate on"
+        message = f"all {kind} are for validation: none is left to train on"
+    elif training == some and len(parts) < 2:
+        part, hint = ("fold" if folds else "subject"), f"add {kind} of other subjects"
+        message = f"all {kind} are of one {part}: none is left to validate on"
     if message:
         yield Finding("", "error", "split", message, hint)
 

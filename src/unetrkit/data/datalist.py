@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unetrkit.data.declared import Entry, Listing
@@ -57,18 +57,24 @@ class Dataset:
     channels: tuple[str, ...]
 
 
-def read_dataset(path: Path, *, allow_outside: bool = False, channels: int | None = None) -> Dataset:
+def read_dataset(
+    path: Path, *, allow_outside: bool = False, channels: int | None = None, unlabelled: bool = False
+) -> Dataset:
     """The data set that a data list (JSON, CSV) or a folder (nnU-Net raw, pairs) describes; no voxel is read.
 
     Relative paths start at the folder of the list. A path that leaves that folder (absolute, `..`, a link)
     is refused unless `allow_outside`. The subject of a case is its entry's `subject`, else the `sub-…` of a
     BIDS path, else the case's name. Cases come in the order of the list: training, validation, test.
     channels: where a model asks for so many, X_0000, X_0001 … in a folder of unlabelled scans are one case X.
+    unlabelled: labels and declared classes are left aside, as if there were none.
 
     Raises UserError, naming the entry: missing files, an image listed twice, a training case without a
     label in a data set with labels, anything that is not what the layout says.
     """
     listing = read_layout(path, channels)
+    if unlabelled:
+        images = tuple(replace(entry, label=None) for entry in listing.entries)
+        listing = replace(listing, entries=images, labels={})
     if not listing.entries:
         raise UserError(f"`{path}` lists no cases", hint="add cases to `training`, `validation` or `test`")
     _require_files(listing, allow_outside)
@@ -81,15 +87,20 @@ def read_dataset(path: Path, *, allow_outside: bool = False, channels: int | Non
     return Dataset(listing.name, listing.root, tuple(cases), listing.labels, _channels(listing))
 
 
-def labelled_cases(dataset: Dataset) -> list[Case]:
-    """The cases that something can be learnt from; raises UserError where there are none."""
-    cases = [case for case in dataset.cases if case.label is not None and case.split != "test"]
-    if not cases:
-        raise UserError(
-            f"`{dataset.name}` has no labelled case to learn from",
-            hint="add cases with an `image` and a `label` to `training`",
-        )
-    return cases
+def cases_to_learn_from(dataset: Dataset) -> list[Case]:
+    """The labelled cases for training and validation; where no class is declared and none has a label, all.
+
+    Raises UserError where there are none.
+    """
+    cases = [case for case in dataset.cases if case.split != "test"]
+    labelled = [case for case in cases if case.label is not None]
+    if labelled or (cases and not dataset.labels):
+        return labelled or cases
+    hint = "add cases with an `image` and a `label` to `training`"
+    raise UserError(
+        f"`{dataset.name}` has no labelled case to learn from",
+        hint=f"{hint}; `--unlabelled` prepares images alone, for pre-training" if cases else hint,
+    )
 
 
 def outside(path: Path, root: Path) -> bool:
@@ -132,7 +143,8 @@ def _require_labels(listing: Listing) -> None:
     if without and len(without) < len(needed):
         raise UserError(
             f"{without[0].where} has no label ({many(len(without), 'such case')} of {len(needed)})",
-            hint="give the label, move the case to `test`, or list what has no label in a file of its own",
+            hint="give the label, move the case to `test`, or list what has no label in a file of its own; "
+            "to pre-train, `prepare --unlabelled` takes every image",
         )
 
 

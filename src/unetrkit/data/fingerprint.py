@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unetrkit.data.datalist import Case, Dataset, labelled_cases
+from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
 from unetrkit.data.declared import is_ct
 from unetrkit.data.geometry import Triple, spacing_of, to_ras, turn
 from unetrkit.data.inspection import count_labels
 from unetrkit.data.plan import Intensity, LabelClass, Plan
-from unetrkit.data.prepare import read_pair
+from unetrkit.data.prepare import read_case
 from unetrkit.data.preprocess import foreground_box
 from unetrkit.data.processes import map_cases
 from unetrkit.errors import UserError, many
@@ -41,21 +41,23 @@ class Fingerprint:
     spacing: Extent
     body_box: Extent  # of what is not air, if this is CT
     relative_box: Extent  # of what is above the minimum
-    counts: dict[int, int]  # voxels per label id
-    samples: np.ndarray  # c n: values of foreground voxels
+    counts: dict[int, int]  # voxels per label id; empty without a label
+    samples: np.ndarray  # c n: values of foreground voxels; without a label of those that are not air
     like_ct: tuple[bool, ...]  # per channel: whole numbers from -500 or below
 
 
 def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progress | None = None) -> Plan:
-    """The plan of a data set, from every labelled training and validation case, each read once.
+    """The plan of a data set, from every training and validation case, each read once.
 
-    spacing: the median along each axis. intensity: a window between the percentiles 0.5 and 99.5 of all
-    foreground voxels where a channel is CT (declared so, or not declared and alike), else a z-score.
-    patch_size: `patch_size_for`. classes: the declared ones, else the values found.
+    spacing: the median along each axis. intensity: where a channel is CT (declared so, or not declared and
+    alike), a window between the percentiles 0.5 and 99.5 of all foreground voxels (without labels: of all
+    that is not air), else a z-score.
+    patch_size: `patch_size_for`. classes: the declared ones, else the values found; without labels none.
     mirror_pairs: `find_mirror_pairs`.
-    Raises UserError for a case that cannot be read, and where no voxel is labelled.
+    Raises UserError for a case that cannot be read, and where labels have no voxel.
     """
-    cases = labelled_cases(dataset)
+    cases = cases_to_learn_from(dataset)
+    labelled = cases[0].label is not None
     prints = map_cases(fingerprint, cases, workers, progress)
     channels = dataset.channels or tuple(f"channel {k}" for k in range(len(prints[0].samples)))
     for case, one in zip(cases, prints, strict=True):
@@ -65,7 +67,7 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
                 hint="name every channel in `channel_names`, and give every case all of them",
             )
     counts = sum((Counter(one.counts) for one in prints), Counter())
-    if not set(counts) - {0}:
+    if labelled and not set(counts) - {0}:
         raise UserError(
             f"no voxel of `{dataset.name}` is labelled: there is nothing to learn",
             hint="check that the labels are the drawn masks: `unetrkit check` counts their voxels",
@@ -76,6 +78,7 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
     x, y, z = (float(f"{mm:.6g}") for mm in np.median([one.spacing for one in prints], axis=0))
     extent = np.median([one.body_box if all(ct) else one.relative_box for one in prints], axis=0).tolist()
     names = {0: "background"} | (dataset.labels or {k: f"class {k}" for k in counts if k != 0})
+    names = names if labelled else {}
     return Plan(
         dataset=dataset.name,
         channels=channels,
@@ -100,12 +103,16 @@ def _spread(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def fingerprint(case: Case) -> Fingerprint:
-    """Reads one labelled case."""
-    image, label = read_pair(case)
+    """Reads one case."""
+    image, label = read_case(case)
     upright, axes, flips = to_ras(image)
-    label = turn(label[0], axes, flips)
     shape, spacing = upright.array.shape[1:], spacing_of(upright.affine)
-    foreground = np.flatnonzero(label)
+    if label is None:
+        body = (upright.array > BODY.lower).any(axis=0)
+        foreground = np.flatnonzero(body if body.any() else ~body)
+    else:
+        label = turn(label[0], axes, flips)
+        foreground = np.flatnonzero(label)
     if len(foreground) > SAMPLES:
         foreground = np.random.default_rng(0).choice(foreground, SAMPLES, replace=False, shuffle=False)
     return Fingerprint(
@@ -113,7 +120,7 @@ def fingerprint(case: Case) -> Fingerprint:
         spacing=spacing,
         body_box=_extent(upright.array, BODY, spacing),
         relative_box=_extent(upright.array, RELATIVE, spacing),
-        counts=count_labels(label),
+        counts={} if label is None else count_labels(label),
         samples=np.stack([channel[np.unravel_index(foreground, shape)] for channel in upright.array]),
         like_ct=tuple(bool(c.min() <= -500 and (c == np.rint(c)).all()) for c in image.array),
     )

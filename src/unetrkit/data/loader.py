@@ -25,19 +25,9 @@ from unetrkit.data.plan import Plan
 from unetrkit.data.sampling import SamplingSettings, case_at, draw_corner, generator_for, read_patch
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
+from unetrkit.ranks import ALONE, Rank
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which process of a training this is, and of how many."""
-
-    rank: int
-    world: int
-
-
-ALONE = Rank(0, 1)
 
 
 def batches(
@@ -60,12 +50,42 @@ def batches(
     """
     made = Steps(store, tuple(cases), sampling, augment, seed, rank)
     _ = made.opened  # what the user got wrong is said here, before any process starts
-    return _in_order(made, steps, workers)
+    return in_order(made, steps, workers)
+
+
+class StepBatches(Dataset[Batch | UserError]):
+    """A batch for every step, as `_batch` makes it.
+
+    Nothing of a store stays open, so that it may be forked or pickled.
+    """
+
+    def _batch(self, step: int) -> Batch:
+        raise NotImplementedError
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            with _one_thread():
+                return self._batch(step)
+        except UserError as error:
+            # returned, not raised: torch rebuilds what a worker raises from its traceback and loses the hint
+            return error
+
+
+def open_cases(path: Path, names: Sequence[str]) -> tuple[Plan, list[StoredCase]]:
+    """The plan of a store and the cases of these names. Raises UserError: none, or one that it lacks."""
+    store = Store.open(path)
+    held = {case.name: case for case in store.cases}
+    if not names:
+        raise UserError(f"no cases of `{path}` were chosen for training", hint="add cases to its data list")
+    for name in names:
+        if name not in held:
+            raise UserError(f"`{path}` holds no case `{name}`", hint=nearest(name, held))
+    return store.plan, [held[name] for name in names]
 
 
 @dataclass(frozen=True)
-class Steps(Dataset[Batch | UserError]):
-    """The batch of every step. Nothing of the store stays open, so that it may be forked or pickled."""
+class Steps(StepBatches):
+    """The batch of every step."""
 
     store: Path
     cases: tuple[str, ...]
@@ -76,24 +96,7 @@ class Steps(Dataset[Batch | UserError]):
 
     @cached_property
     def opened(self) -> tuple[Plan, list[StoredCase]]:
-        store = Store.open(self.store)
-        held = {case.name: case for case in store.cases}
-        if not self.cases:
-            raise UserError(
-                f"no cases of `{self.store}` were chosen for training", hint="add cases to its data list"
-            )
-        for name in self.cases:
-            if name not in held:
-                raise UserError(f"`{self.store}` holds no case `{name}`", hint=nearest(name, held))
-        return store.plan, [held[name] for name in self.cases]
-
-    def __getitem__(self, step: int) -> Batch | UserError:
-        try:
-            with _one_thread():
-                return self._batch(step)
-        except UserError as error:
-            # returned, not raised: torch rebuilds what a worker raises from its traceback and loses the hint
-            return error
+        return open_cases(self.store, self.cases)
 
     def _batch(self, step: int) -> Batch:
         plan, cases = self.opened
@@ -119,7 +122,8 @@ class Steps(Dataset[Batch | UserError]):
         return batch
 
 
-def _in_order(made: Steps, steps: range, workers: int) -> Iterator[Batch]:
+def in_order(made: StepBatches, steps: range, workers: int) -> Iterator[Batch]:
+    """The batches of these steps, in order, from so many processes (0: from this one)."""
     # fork on Linux: ready in milliseconds, where spawn imports torch again in each (seconds and 300 MB). Its
     # danger is a lock or thread pool of the parent that the child waits for; the children use one thread, no
     # CUDA and their own file handles. Elsewhere fork is missing or unsafe (macOS frameworks).

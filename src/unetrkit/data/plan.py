@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from unetrkit.config import Settings, overridden, settings_from
 from unetrkit.data.files import atomic_write, read_json
@@ -56,6 +56,7 @@ class Plan(Settings):
     """Computed from a data set by `unetrkit prepare`, or written by hand; travels with the weights.
 
     Space: volumes are brought to RAS+ axes, cropped to foreground, resampled to `spacing` (mm), normalised.
+    A plan without classes is of scans without labels, for pre-training.
     """
 
     version: Literal[1] = Field(default=1, description="prepare the plan again with this version of unetrkit")
@@ -72,6 +73,8 @@ class Plan(Settings):
         description="voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`"
     )
     crop_foreground: bool = True
+    # false: each case keeps its own spacing, and `spacing` is only what is usual
+    resample: bool = True
     # pairs of label ids that a mirror exchanges: left and right organs
     mirror_pairs: tuple[tuple[int, int], ...] = ()
     # what the plan was computed from: for people, not for the program
@@ -82,7 +85,7 @@ class Plan(Settings):
         if len(self.intensity) != len(self.channels):
             raise ValueError(f"{len(self.channels)} channels but {len(self.intensity)} intensity entries")
         ids = [c.id for c in self.classes]
-        if len(self.classes) < 2 or ids[0] != 0 or len(set(ids)) != len(ids):
+        if ids and (len(ids) < 2 or ids[0] != 0 or len(set(ids)) != len(ids)):
             raise ValueError(f"classes must begin with id 0 (background) and have different ids, found {ids}")
         sided = [i for pair in self.mirror_pairs for i in pair]
         if unknown := set(sided) - set(ids):
@@ -90,6 +93,13 @@ class Plan(Settings):
         if len(set(sided)) != len(sided):
             raise ValueError(f"mirror_pairs names an id twice: {self.mirror_pairs}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _values(self, values_of: SerializerFunctionWrapHandler) -> dict[str, object]:
+        values: dict[str, object] = values_of(self)
+        if self.resample:  # younger than the first stores: their plans keep their bytes and hashes
+            values.pop("resample", None)
+        return values
 
     @property
     def mirrored(self) -> tuple[int, ...]:
@@ -105,13 +115,39 @@ class Plan(Settings):
 
 # What the published recipes fix where the computed plan decides by itself.
 # btcv: UNETR and Swin UNETR on abdominal CT, https://github.com/Project-MONAI/research-contributions
-PUBLISHED: dict[str, dict[str, object]] = {
+# For pre-training; of several intensities each channel takes the one of its kind:
+# swin_ssl: Swin UNETR (https://arxiv.org/abs/2111.14791), at each scan's own spacing.
+# vit_ssl: the vision transformer of UNETR, https://github.com/Project-MONAI/tutorials
+# dae: disruptive autoencoders (https://arxiv.org/abs/2307.16896), whose 2 mm are an option there; their
+# z-score of MR leaves what is 0 at 0, ours does not.
+PUBLISHED: dict[str, dict[str, Any]] = {
     "btcv": {
         "spacing": [1.5, 1.5, 2.0],
         "intensity": [{"kind": "window", "lower": -175.0, "upper": 250.0}],
         "patch_size": [96, 96, 96],
         "crop_foreground": True,
-    }
+    },
+    "swin_ssl": {
+        "intensity": [{"kind": "window", "lower": -1000.0, "upper": 1000.0}],
+        "patch_size": [96, 96, 96],
+        "crop_foreground": True,
+        "resample": False,
+    },
+    "vit_ssl": {
+        "spacing": [2.0, 2.0, 2.0],
+        "intensity": [{"kind": "window", "lower": -57.0, "upper": 164.0}],
+        "patch_size": [96, 96, 96],
+        "crop_foreground": True,
+    },
+    "dae": {
+        "intensity": [
+            {"kind": "window", "lower": -1000.0, "upper": 1000.0},
+            {"kind": "zscore", "lower": 0.0, "upper": 100.0},
+        ],
+        "patch_size": [96, 96, 96],
+        "crop_foreground": True,
+        "resample": False,
+    },
 }
 
 
@@ -146,7 +182,11 @@ def apply_published(plan: Plan, name: str) -> Plan:
     """The plan with all that the published recipe `name` fixes. Raises UserError for an unknown name."""
     if name not in PUBLISHED:
         raise UserError(f"there is no published plan `{name}`", hint=nearest(name, PUBLISHED))
-    return parse_plan(plan.model_dump(mode="json") | PUBLISHED[name], f"published plan `{name}`")
+    fixed = dict(PUBLISHED[name])
+    of_kind = {intensity["kind"]: intensity for intensity in fixed["intensity"]}
+    if len(of_kind) > 1:
+        fixed["intensity"] = [of_kind[own.kind] for own in plan.intensity]
+    return parse_plan(plan.model_dump(mode="json") | fixed, f"published plan `{name}`")
 
 
 def override_plan(plan: Plan, overrides: Sequence[str]) -> Plan:

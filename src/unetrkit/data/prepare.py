@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrkit.data.datalist import Case, Dataset, labelled_cases
+from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
 from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
 from unetrkit.data.geometry import reorient, same_grid
 from unetrkit.data.plan import Plan, plan_bytes
@@ -59,17 +59,25 @@ class Summary:
 def prepare(
     dataset: Dataset, plan: Plan, out: Path, *, workers: int | None = None, progress: Progress | None = None
 ) -> Summary:
-    """Writes every labelled training and validation case, preprocessed by `plan`, into the store `out`.
+    """Writes the training and validation cases, preprocessed by `plan`, into the store `out`.
 
     A case whose files and plan are those of an earlier run, and of which every stored byte is right, is left
     as it is; so the same call again goes on after an interruption, repairs damage and follows changes. Cases
     that are not in the data set any more are removed at the end. At most `workers` cases are in memory.
+    Without labels the store's plan has no classes, and all its voxels are of class index 0.
 
     Raises UserError, naming the case, for files that cannot be used; also where `out` holds anything but a
     store (nothing is touched then), and where another process prepares the same store.
     """
     begin = time.monotonic()
-    cases = labelled_cases(dataset)
+    cases = cases_to_learn_from(dataset)
+    if cases[0].label is None:
+        plan = plan.model_copy(update={"classes": (), "mirror_pairs": ()})
+    elif not plan.classes:
+        raise UserError(
+            f"the plan has no classes, but `{dataset.name}` has labels",
+            hint="`--unlabelled` leaves the labels aside; without `--plan` a plan with classes is computed",
+        )
     for case in cases:  # a name that cannot be a folder's is refused first
         case_folder(out, case.name)
     _require_ours(out)
@@ -90,24 +98,24 @@ def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
     source = source_hash(case, preprocessing)
     if _is_intact(folder, source):
         return False
-    image, label = read_pair(case)
+    image, label = read_case(case)
     array, grid = preprocess(image, plan, f"`{case.images[0]}`")
-    indices = preprocess_label(label, grid, plan)
-    write_case(
-        folder, array, indices, grid, classes=len(plan.classes), source=source, preprocessing=preprocessing
-    )
+    # one value takes no space and lets everything that reads cases read these
+    indices = np.zeros(grid.size, np.uint8) if label is None else preprocess_label(label, grid, plan)
+    classes = max(len(plan.classes), 1)
+    write_case(folder, array, indices, grid, classes=classes, source=source, preprocessing=preprocessing)
     return True
 
 
-def read_pair(case: Case) -> tuple[Volume, np.ndarray]:
-    """The image of a labelled case, and its label (1, x, y, z) in the image's order of axes.
+def read_case(case: Case) -> tuple[Volume, np.ndarray | None]:
+    """The image of a case, and its label (1, x, y, z) in the image's order of axes, if it has one.
 
     Raises UserError where the two do not lie on the same grid.
     """
+    image = read_image(case.images)
     if case.label is None:
-        raise ValueError(f"{case.name} has no label")
-    image, label = read_image(case.images), read_label(case.label)
-    label = reorient(label, image.affine)
+        return image, None
+    label = reorient(read_label(case.label), image.affine)
     if difference := same_grid(image.affine, image.array.shape[1:], label.affine, label.array.shape[1:]):
         raise UserError(
             f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}",

@@ -33,10 +33,11 @@ def preprocess(volume: Volume, plan: Plan, source: str = "the image") -> tuple[n
     if plan.crop_foreground:
         box = foreground_box(upright.array, plan.intensity)
     spacing = spacing_of(upright.affine)
-    size = target_size([stop - start for start, stop in box], spacing, plan.spacing)
+    new_spacing = plan.spacing if plan.resample else spacing
+    size = target_size([stop - start for start, stop in box], spacing, new_spacing)
     if np.prod(size, dtype=np.float64) * len(plan.channels) > LARGEST:
         raise UserError(
-            f"at the plan's spacing of {plan.spacing} mm {source} would have {size} voxels",
+            f"at a spacing of {new_spacing} mm {source} would have {size} voxels",
             hint="check the spacing in the image's header, or prepare with a coarser one",
         )
     x, y, z = volume.array.shape[1:]

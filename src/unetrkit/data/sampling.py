@@ -7,6 +7,7 @@ centre to one background centre).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated
@@ -67,7 +68,7 @@ def case_at(seed: int, position: int, cases: int) -> int:
     return _shuffled(seed, position // cases, cases)[position % cases]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _shuffled(seed: int, number: int, cases: int) -> list[int]:
     return torch.randperm(cases, generator=generator_for(seed, number)).tolist()
 
@@ -82,10 +83,20 @@ def draw_corner(
     """
     k = _draw_class(generator, case.counts, settings)
     centres = case.centres(k)
-    centre = centres[int(torch.randint(len(centres), (1,), generator=generator))]
+    return corner_around(
+        centres[int(torch.randint(len(centres), (1,), generator=generator))], size, case.shape
+    )
+
+
+def corner_around(centre: Sequence[int], size: Triple, shape: Triple) -> Triple:
+    """First voxel of a patch around a voxel, moved inside the volume as `draw_corner` describes.
+
+    >>> corner_around((2, 15, 4), (8, 8, 16), (20, 20, 10))
+    (0, 11, -3)
+    """
     x, y, z = (
         min(max(int(c) - s // 2, 0), n - s) if n >= s else -((s - n) // 2)
-        for c, s, n in zip(centre, size, case.shape, strict=True)
+        for c, s, n in zip(centre, size, shape, strict=True)
     )
     return x, y, z
 
@@ -104,18 +115,33 @@ def _draw_class(generator: torch.Generator, counts: tuple[int, ...], settings: S
 def read_patch(
     case: StoredCase, corner: Triple, size: Triple, intensity: tuple[Intensity, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Image (c, *size) in the store's floating type and label (*size) uint8, from the chunks it needs only.
+    """`read_image_patch` and the label (*size) uint8 of the same voxels, 0 outside the volume."""
+    start, inside, widths = _inside(case.shape, corner, size)
+    label = case.label(start, inside)
+    label = np.pad(label, widths) if inside != size else label
+    return read_image_patch(case, corner, size, intensity), torch.from_numpy(label)
 
-    What lies outside the volume is air: label 0; image 0 for a `window` channel (its lower bound), and the
-    least value read for a `zscore` channel, which has no value that means air.
+
+def read_image_patch(
+    case: StoredCase, corner: Triple, size: Triple, intensity: tuple[Intensity, ...]
+) -> Tensor:
+    """Image (c, *size) in the store's floating type, from the chunks it needs only.
+
+    What lies outside the volume is air: 0 for a `window` channel (its lower bound), and the least value read
+    for a `zscore` channel, which has no value that means air.
     """
-    start = tuple(max(c, 0) for c in corner)
-    stop = tuple(min(c + s, n) for c, s, n in zip(corner, size, case.shape, strict=True))
-    inside = tuple(b - a for a, b in zip(start, stop, strict=True))
-    image, label = case.image(start, inside), case.label(start, inside)
+    start, inside, widths = _inside(case.shape, corner, size)
+    image = case.image(start, inside)
     if inside != size:
-        widths = [(a - c, c + s - b) for c, s, a, b in zip(corner, size, start, stop, strict=True)]
-        label = np.pad(label, widths)
         air = [0 if i.kind == "window" else c.min() for c, i in zip(image, intensity, strict=True)]
         image = np.stack([np.pad(c, widths, constant_values=a) for c, a in zip(image, air, strict=True)])
-    return torch.from_numpy(image), torch.from_numpy(label)
+    return torch.from_numpy(image)
+
+
+def _inside(shape: Triple, corner: Triple, size: Triple) -> tuple[Triple, Triple, list[tuple[int, int]]]:
+    """Of a patch the part inside the volume: first voxel, size, and what is missing before and after."""
+    start = [max(c, 0) for c in corner]
+    stop = [min(c + s, n) for c, s, n in zip(corner, size, shape, strict=True)]
+    widths = [(a - c, c + s - b) for c, s, a, b in zip(corner, size, start, stop, strict=True)]
+    x, y, z = (b - a for a, b in zip(start, stop, strict=True))
+    return (start[0], start[1], start[2]), (x, y, z), widths

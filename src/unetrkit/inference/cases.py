@@ -21,7 +21,7 @@ LABEL_LIKE = re.compile(
     r"[_.-](seg|segmentations?|labels?|labelmap|masks?|msk|gt|truth|pred|predictions?)$", re.IGNORECASE
 )
 # what models must agree on to be averaged; the rest of a plan is for training and for people
-SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground")
+SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground", "resample")
 
 
 def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outside: bool) -> list[Case]:
@@ -137,7 +137,8 @@ def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
 
 def _shared(model: Model) -> list[str]:
     plan = model.plan.model_dump(mode="json")
-    return [json.dumps(value) for value in (*(plan[name] for name in SAME), model.description["image_size"])]
+    shared = *(plan.get(name) for name in SAME), model.description["image_size"]
+    return [json.dumps(value) for value in shared]
 
 
 def require_free(out: Path, cases: Sequence[Case], overwrite: bool, recorded: Collection[str]) -> None:

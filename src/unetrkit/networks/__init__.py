@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from torch import nn
 
 from unetrkit.errors import UserError, nearest
+from unetrkit.networks.masked_autoencoder import masked_autoencoder, masked_autoencoder_primus
 from unetrkit.networks.primus import primus
 from unetrkit.networks.swin_heads import swin_heads, swin_unetr_reconstruction
 from unetrkit.networks.swin_unetr import swin_unetr
@@ -39,6 +40,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 # names of the encoder of the network above that is fine-tuned from it
 PRETRAINING_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit_autoencoder": vit_autoencoder,  # -> unetr
+    "masked_autoencoder": masked_autoencoder,  # -> unetr
+    "masked_autoencoder_primus": masked_autoencoder_primus,  # -> primus_*
     "swin_heads": swin_heads,  # -> swin_unetr_*
     "swin_unetr_reconstruction": partial(swin_unetr_reconstruction, feature_size=48),  # -> swin_unetr_*
 }

@@ -183,7 +183,10 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         image = arranged(image)
-        maps = [image, *self.encoder(image)]
+        return self.decode([image, *self.encoder(image)])
+
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
+        """The image, as `arranged`, and the encoder's maps -> logits."""
         checkpointing = self.decoder.checkpointing
         maps = [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
         logits: Tensor = self.decoder(maps)

@@ -171,10 +171,17 @@ class SwinEncoder(nn.Module):
             conv = ResidualBlock(dim, dim) if residual_stages else None
             self.stages.append(Stage(conv, blocks, PatchMerging(dim, merging), checkpointing=checkpointing))
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x = self.embedding(pad_to_multiple(image, 2)).movedim(1, -1)  # b x y z c
-        maps = [x]
+    def embed(self, image: Tensor) -> Tensor:
+        """A token for each 2 x 2 x 2 voxels, (b, x/2, y/2, z/2, feature size): what pre-training masks."""
+        tokens: Tensor = self.embedding(pad_to_multiple(image, 2))
+        return tokens.movedim(1, -1)
+
+    def encode(self, tokens: Tensor) -> list[Tensor]:
+        """The five maps of embedded tokens."""
+        maps = [tokens]
         for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+            maps.append(stage(maps[-1]))
         return [F.layer_norm(x, x.shape[-1:]).movedim(-1, 1) for x in maps]  # b c x y z
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.encode(self.embed(image))

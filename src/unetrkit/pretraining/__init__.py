@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.pretraining import swin_heads, vit_autoencoder
+from unetrkit.pretraining import disruptive_autoencoder, masked_autoencoder, swin_heads, vit_autoencoder
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,16 @@ OBJECTIVES: dict[str, Objective] = {
         vit_autoencoder.ViTAutoencoderSettings, vit_autoencoder.build, vit_autoencoder.PUBLISHED, ("unetr",)
     ),
     "swin_heads": Objective(swin_heads.SwinHeadsSettings, swin_heads.build, swin_heads.PUBLISHED, SWIN),
+    "disruptive_autoencoder": Objective(
+        disruptive_autoencoder.DisruptiveAutoencoderSettings,
+        disruptive_autoencoder.build,
+        disruptive_autoencoder.PUBLISHED,
+        SWIN,
+    ),
+    "masked_autoencoder": Objective(
+        masked_autoencoder.MaskedAutoencoderSettings,
+        masked_autoencoder.build,
+        masked_autoencoder.PUBLISHED,
+        ("unetr", "primus_s", "primus_b", "primus_m", "primus_l"),
+    ),
 }

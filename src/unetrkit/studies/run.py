@@ -8,6 +8,7 @@ import time
 from unetrkit.config import to_yaml
 from unetrkit.data.files import atomic_write, write_problems
 from unetrkit.errors import UserError, nearest
+from unetrkit.ranks import this_rank
 from unetrkit.studies.cells import Scores, make, scores_of
 from unetrkit.studies.design import Cell, Study, StudySettings, design, written
 from unetrkit.studies.results import results
@@ -20,6 +21,9 @@ def open_study(name: str, settings: StudySettings) -> Study:
 
     Raises UserError where the folder holds something else, or cells with other settings.
     """
+    if this_rank().world > 1:
+        hint = "`unetrkit study … --list` prints the command of each run, and torchrun may start those"
+        raise UserError("a study makes its runs in one process, not under torchrun", hint=hint)
     study = design(name, settings)
     recipe, out = study.out / f"{name}.yaml", study.out
     if out.exists() and not recipe.exists():

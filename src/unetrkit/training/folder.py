@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import unetrkit
 from unetrkit.config import Settings, flatten, load_recipe, to_yaml
 from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.errors import UserError
+from unetrkit.ranks import this_rank
 from unetrkit.training import checkpoint
-from unetrkit.training.learner import build_learner
+from unetrkit.training.distributed import together, wait
+from unetrkit.training.learner import build_learner, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
@@ -53,11 +56,14 @@ def carry_out(job: Job, out: Path) -> State:
 
     Raises UserError where `out` holds something else, and what `loop.fit` raises.
     """
-    _make_folder(out)
-    with alone(out / LOCK, f"another process is training in `{out}`"):
-        _open(out, job)
-        for line in job.about:
-            say(line)
+    with together(device_of(job.loop.device)), ExitStack() as stack:
+        if this_rank().first:
+            _make_folder(out)
+            stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
+            _open(out, job)
+            for line in job.about:
+                say(line)
+        wait()
         state = fit(
             job.objective,
             job.batches,
@@ -68,17 +74,23 @@ def carry_out(job: Job, out: Path) -> State:
             better=job.better,
             export=job.export,
         )
-        try:
-            job.load(out / "model")
-        except UserError as problem:
-            say(f"{problem.message}; writing it again from `{out / 'best'}`")
-            learner = build_learner(job.objective, job.loop, job.optim)
-            learner.load_state_dict(checkpoint.load(out / "best")["learner"])
-            job.export(learner.subject, state)
+        if this_rank().first:
+            _require_export(job, out, state)
     name = job.better.removeprefix("-")
     best = f"{name} {state.best[name]:.4f}"
     say(f"finished {state.step} steps; the best, {best}, is of step {state.best_step}")
     return state
+
+
+def _require_export(job: Job, out: Path, state: State) -> None:
+    """What was exported is read again; where it is damaged it is written again."""
+    try:
+        job.load(out / "model")
+    except UserError as problem:
+        say(f"{problem.message}; writing it again from `{out / 'best'}`")
+        learner = build_learner(job.objective, job.loop, job.optim)
+        learner.load_state_dict(checkpoint.load(out / "best")["learner"])
+        job.export(learner.subject, state)
 
 
 def _make_folder(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from unetrkit.data.sampling import generator_for
 from unetrkit.errors import UserError
+from unetrkit.ranks import local_rank, this_rank
+from unetrkit.training.distributed import means as means_over_ranks
 from unetrkit.training.ema import average_of
 from unetrkit.training.optim import OptimSettings, build_optimizer, set_rate
 
@@ -36,8 +40,13 @@ class Learner:
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
+    parallel: nn.Module  # what a batch goes through: the objective, or DDP around it
     average: AveragedModel | None
     precision: torch.dtype | None  # what autocast computes in; None: float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.objective.parameters()).device
 
     @property
     def subject(self) -> nn.Module:
@@ -69,6 +78,7 @@ def build_learner(objective: nn.Module, settings: LoopSettings, optim: OptimSett
         objective,
         build_optimizer(objective, optim),
         GradScaler(device.type, enabled=precision == torch.float16),
+        _in_parallel(objective, device),
         None if settings.ema is None else average_of(objective, settings.ema),
         precision,
     )
@@ -88,7 +98,7 @@ def take_step(
     weights = [p for p in learner.objective.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
     # the one place of a step that waits for the device
-    *values, grad_norm = torch.stack([*means.values(), norm]).tolist()
+    *values, grad_norm = means_over_ranks(torch.stack([*means.values(), norm])).tolist()
     losses = dict(zip(means, values, strict=True))
     _refuse_what_is_not_finite(losses["loss"], grad_norm, learner.scaler)
     if settings.clip is not None:
@@ -103,36 +113,58 @@ def take_step(
 def _accumulate_gradients(
     learner: Learner, stream: Iterator[Batch], step: int, settings: LoopSettings
 ) -> dict[str, Tensor]:
-    device = next(learner.objective.parameters()).device
+    device, rank = learner.device, this_rank().rank
     means: dict[str, Tensor] = {}
-    for number in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+    numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)
+    for number in numbers:
         batch = {name: part.to(device, non_blocking=True) for name, part in next(stream).items()}
         # dropout and drop path are a function of the batch's number: a resumed run needs no generator's state
         # (the zeros keep this stream apart from those of the patches, which have fewer counters)
-        torch.manual_seed(generator_for(settings.seed, number, 0, 0, 0).initial_seed())
-        with torch.autocast(device.type, learner.precision, enabled=learner.precision is not None):
-            losses = learner.objective(batch)
-        learner.scaler.scale(losses["loss"] / settings.accumulate).backward()
+        torch.manual_seed(generator_for(settings.seed, number, rank, 0, 0).initial_seed())
+        with _gradients_shared(learner.parallel, number == numbers[-1]):
+            with torch.autocast(device.type, learner.precision, enabled=learner.precision is not None):
+                losses = learner.parallel(batch)
+            learner.scaler.scale(losses["loss"] / settings.accumulate).backward()
         for name, value in losses.items():
             share = value.detach().float() / settings.accumulate
             means[name] = means[name] + share if name in means else share
     return means
 
 
+def _in_parallel(objective: nn.Module, device: torch.device) -> nn.Module:
+    """DDP where there are several ranks: it begins them with the weights of rank 0."""
+    if not torch.distributed.is_initialized():
+        return objective
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+
+
+def _gradients_shared(parallel: nn.Module, shared: bool) -> AbstractContextManager[None]:
+    """Gradients that are summed over batches are shared with the other ranks once, with the last of them."""
+    if shared or not isinstance(parallel, DistributedDataParallel):
+        return nullcontext()
+    return parallel.no_sync()
+
+
 def _refuse_what_is_not_finite(loss: float, grad_norm: float, scaler: GradScaler) -> None:
-    if not math.isfinite(loss):
-        raise NotFinite("loss")
-    # the scaler skips a step whose gradient overflows float16 and halves its scale; without it nothing would
     overflow_is_usual = scaler.is_enabled() and scaler.get_scale() > LOWEST_SCALE
-    if not math.isfinite(grad_norm) and not overflow_is_usual:
-        raise NotFinite("gradient")
+    what = "" if math.isfinite(loss) else "loss"
+    # the scaler skips a step whose gradient overflows float16 and halves its scale; without it nothing would
+    if not what and not math.isfinite(grad_norm) and not overflow_is_usual:
+        what = "gradient"
+    if what:
+        if scaler.is_enabled():
+            scaler.update(scaler.get_scale())  # it forgets the gradient, and nothing else
+        raise NotFinite(what)
 
 
 def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device that a setting names. Raises UserError for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("`loop.device` is cuda, but torch finds no GPU", hint="`loop.device=auto` needs none")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
 
 
 def precision_of(amp: Literal["auto", "off", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from unetrkit.data.files import atomic_write, write_problems
+from unetrkit.ranks import this_rank
 
 PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
 
@@ -70,6 +71,22 @@ class Metrics:
             self._file.close()
 
 
+class Unwritten(Metrics):
+    """What ranks other than the first have: one log is enough."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, event: str, values: Mapping[str, float]) -> None:
+        pass
+
+    def sync(self) -> dict[str, Any]:
+        return {}
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def _is_record(line: bytes, upto: Mapping[str, int]) -> bool:
     try:
         record = json.loads(line)
@@ -83,7 +100,7 @@ class Progress:
 
     def __init__(self, start: int, stop: int, patches_per_step: int, slow: str = "") -> None:
         """`slow` is said, once, where the third step shows that the run takes more than a day."""
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _console()
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._start, self._stop, self._patches = start, stop, patches_per_step
         self._began = self._said = time.monotonic()
@@ -136,7 +153,11 @@ class Progress:
 
 def say(line: str) -> None:
     """A line for people, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+    _console().print(line, markup=False)
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not this_rank().first)
 
 
 def duration(seconds: float) -> str:

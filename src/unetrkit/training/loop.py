@@ -8,31 +8,31 @@ run goes on from its last checkpoint to bitwise the same weights (on a CPU; a GP
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.errors import Interrupted, UserError
+from unetrkit.errors import Interrupted
+from unetrkit.ranks import this_rank
 from unetrkit.training import checkpoint
+from unetrkit.training.distributed import anywhere, wait
+from unetrkit.training.guards import cases_of, check_space, explained, refuse_lost, slow, validation_line
 from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
-from unetrkit.training.log import Metrics, Progress, say
+from unetrkit.training.log import Metrics, Progress, Unwritten, say
 from unetrkit.training.optim import OptimSettings, learning_rate
 
 # measures an objective after so many steps, telling its last argument how far it is
 Validate = Callable[[nn.Module, int, Callable[[str], None]], dict[str, float]]
 Count = Annotated[int, Field(ge=1)]
 SAVE_SECONDS = 600  # a slow computer does not lose more either
-CHECKPOINTS = 4  # in a run folder while one is written: last, previous, best, the new one
+RETREATS = 2  # how often a run goes back to its last checkpoint before it gives up
 
 
 class LoopSettings(Settings):
@@ -48,6 +48,9 @@ class LoopSettings(Settings):
     accumulate: Count = 1
     # largest norm of the gradient; none was published
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    # steps in a row that are left out because their loss or gradient is not finite, before the run goes back
+    # to its last checkpoint and on at half the rate; that twice, and it ends. 0: it ends at the first
+    skips: Annotated[int, Field(ge=0)] = 5
     # decay of the moving average of the weights, such as 0.999; null: none
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     # auto: bf16 on a GPU or CPU with matrix units for it, else off
@@ -79,6 +82,8 @@ class State:
     best: dict[str, float] = field(default_factory=dict)  # what was measured there
     sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last record
     summed: int = 0
+    skipped: int = 0  # steps in a row, up to the last
+    halved: int = 0  # how often the run went back and its rate was halved
 
     def add(self, losses: dict[str, float]) -> None:
         self.summed += 1
@@ -86,7 +91,7 @@ class State:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take_means(self) -> dict[str, float]:
-        means = {name: total / self.summed for name, total in self.sums.items()}
+        means = {name: total / self.summed for name, total in self.sums.items()}  # none if all were skipped
         self.sums, self.summed = {}, 0
         return means
 
@@ -105,39 +110,70 @@ def fit(
     """Trains `objective` up to `settings.steps` in `folder`, going on from the checkpoint that is there.
 
     validate: measures an objective; the larger its value named `better`, the better; of "-loss" the smaller.
-    export: called with the best objective so far. Raises UserError where a loss is not finite or a file
-    cannot be written, and Interrupted, after saving, on Ctrl-C and SIGTERM.
+    export: called with the best objective so far. Where torchrun started several processes they train as one:
+    rank 0 alone writes and speaks. Raises UserError where losses stay not finite or a file cannot be written,
+    and Interrupted, after saving, on Ctrl-C and SIGTERM.
     """
     learner = build_learner(objective, settings, optim)
-    state = State()
-    if saved := checkpoint.load_last(folder, warn=say):
-        learner.load_state_dict(saved["learner"])
-        state = State(**saved["state"])
-    if state.step == state.validated == settings.steps:
+    course = Course(learner, State(), folder, settings, optim, validate, better, export)
+    saved = course.resume()
+    if course.state.step == course.state.validated == settings.steps:
         say(f"`{folder}` has done its {settings.steps} steps already")
-        return state
-    if saved is None and any(
-        f.exists() and f.stat().st_size for f in (folder / "metrics.jsonl", folder / "best")
-    ):
-        raise UserError(
-            f"`{folder}` holds a run that has lost its checkpoints, `last` and `previous`",
-            hint="restore one of them, or begin again with another `out`",
-        )
+        return course.state
+    refuse_lost(folder, saved)
     if saved:
-        say(f"going on from step {state.step} of {settings.steps}")
-    _check_space(learner, folder)
+        say(f"going on from step {course.state.step} of {settings.steps}")
+    check_space(learner, folder)
     last = settings.steps * settings.accumulate
-    on_cpu = next(learner.objective.parameters()).device.type == "cpu"
-    slow = "hint: there is no GPU; lower `loop.steps` or `sampling.patch_size`" if on_cpu else ""
-    upto = {"training": state.step, "validation": state.validated}
+    patches = batches.size * settings.accumulate * this_rank().world
     with (
-        Metrics(folder / "metrics.jsonl", upto, saved and saved["log"]) as metrics,
-        Progress(state.step, settings.steps, batches.size * settings.accumulate, slow) as progress,
+        Progress(course.state.step, settings.steps, patches, slow(learner)) as progress,
         Interruption() as interruption,
-        _explained(state, batches, settings, optim),
-        interruption.shielding(batches(state.step * settings.accumulate, last)) as stream,
     ):
-        unsaved = saved is None  # a run that has a record then has had a checkpoint
+        while True:
+            start = course.state.step * settings.accumulate
+            with (
+                course.metrics(saved) as metrics,
+                explained(course.state, batches, settings, optim),
+                interruption.shielding(batches(start, last)) as stream,
+            ):
+                try:
+                    course.follow(stream, batches.cases, Told(metrics, progress, interruption))
+                    return course.state
+                except Retreat:
+                    saved = course.go_back()
+
+
+class Retreat(Exception):
+    """Too many steps in a row were not finite: the run must go back to its last checkpoint."""
+
+
+class Told(NamedTuple):
+    """Who is told of what happens, and who may ask for the end."""
+
+    metrics: Metrics
+    progress: Progress
+    interruption: Interruption
+
+
+@dataclass
+class Course:
+    """A run under way: what it changes, how far it is, and what it does with both."""
+
+    learner: Learner
+    state: State
+    folder: Path
+    settings: LoopSettings
+    optim: OptimSettings
+    validate: Validate
+    better: str
+    export: Callable[[nn.Module, State], None]
+
+    def follow(self, stream: Iterator[Batch], cases: Callable[[int], Sequence[str]], told: Told) -> None:
+        """Every event of the run in order, to its end. Raises Retreat where it must go back."""
+        state, settings = self.state, self.settings
+        metrics, progress, interruption = told
+        unsaved = not (self.folder / "last").exists()  # a run that has a record then has had a checkpoint
         last_save = time.monotonic()
         try:
             while True:
@@ -147,112 +183,115 @@ def fit(
                 # ---- validate, and keep the best
                 if state.step > state.validated and (done or state.step % settings.validate_every == 0):
                     with interruption.abandoning():
-                        measured = _validate(learner, state.step, validate, progress.show)
+                        measured = self.measure(progress.show)
                     metrics.write(state.step, "validation", measured)
                     state.validated, unsaved = state.step, True
-                    if state.best_step is None or _score(measured, better) > _score(state.best, better):
+                    if state.best_step is None or self.score(measured) > self.score(state.best):
                         state.best_step, state.best = state.step, measured
-                        checkpoint.save(folder / "best", _content(learner, state))
-                        export(learner.subject, state)
-                    progress.say(_validation_line(state, measured, better))
+                        self.keep_best()
+                    progress.say(validation_line(state, measured, self.better))
 
                 # ---- save
                 due = state.step % settings.save_every == 0 or began - last_save > SAVE_SECONDS
-                if unsaved and (done or due):
-                    checkpoint.save_last(folder, _content(learner, state) | {"log": metrics.sync()})
+                if unsaved and (done or (due and not state.skipped)):  # to go back to what was good
+                    self.save(metrics)
                     unsaved, last_save = False, time.monotonic()
                 progress.pause(time.monotonic() - began)
 
                 # ---- stop
                 if done:
-                    return state
-                if interruption.asked:
+                    return
+                if anywhere(interruption.asked, self.learner.device):
                     raise Stop
 
                 # ---- one step
-                rate = learning_rate(state.step, settings.steps, optim)
-                losses = take_step(learner, stream, state.step, rate, settings)
+                rate = learning_rate(state.step, settings.steps, self.optim) / 2**state.halved
+                try:
+                    losses = take_step(self.learner, stream, state.step, rate, settings)
+                    state.add(losses)
+                    state.skipped = 0
+                    progress.step(state.step + 1, losses["loss"])
+                except NotFinite as what:
+                    self.skip(what, cases, progress)
                 state.step += 1
                 unsaved = True
-                progress.step(state.step, losses["loss"])
 
                 # ---- log
-                state.add(losses)
                 if state.step % settings.log_every == 0 or state.step == settings.steps:
                     metrics.write(state.step, "training", state.take_means())
         except Stop:
-            checkpoint.save_last(folder, _content(learner, state) | {"log": metrics.sync()})
+            self.save(metrics)
             raise Interrupted(
-                f"stopped after step {state.step} of {settings.steps}, which is saved in `{folder}`",
+                f"stopped after step {state.step} of {settings.steps}, which is saved in `{self.folder}`",
                 hint="the same command goes on from there",
             ) from None
 
+    def measure(self, show: Callable[[str], None]) -> dict[str, float]:
+        """What `validate` finds, without a trace in the training."""
+        self.learner.subject.eval()
+        try:
+            return self.validate(self.learner.subject, self.state.step, show)
+        finally:
+            self.learner.subject.train()
 
-def _content(learner: Learner, state: State) -> dict[str, object]:
-    return {"learner": learner.state_dict(), "state": asdict(state)}
+    def score(self, measured: dict[str, float]) -> float:
+        """A value that is not defined (no organ anywhere) is worse than any other."""
+        value = measured[self.better.removeprefix("-")]
+        if not math.isfinite(value):
+            return -math.inf
+        return -value if self.better.startswith("-") else value
 
+    def skip(self, what: NotFinite, cases: Callable[[int], Sequence[str]], progress: Progress) -> None:
+        """Leaves a step out whose loss or gradient is not finite: no weight was touched.
 
-def _validate(
-    learner: Learner, step: int, validate: Validate, show: Callable[[str], None]
-) -> dict[str, float]:
-    learner.subject.eval()
-    try:
-        return validate(learner.subject, step, show)
-    finally:
-        learner.subject.train()
+        Raises Retreat where it is one too many, and NotFinite where going back did not help or is not wanted.
+        """
+        state = self.state
+        if state.skipped == self.settings.skips:
+            if state.halved == RETREATS or not self.settings.skips:
+                raise what
+            raise Retreat from what
+        state.skipped += 1
+        names = cases_of(state, self.settings, cases)
+        progress.say(f"warning: the {what} is not finite at step {state.step}, left out: cases {names}")
 
-
-def _score(measured: dict[str, float], better: str) -> float:
-    """A value that is not defined (no organ anywhere) is worse than any other."""
-    value = measured[better.removeprefix("-")]
-    if not math.isfinite(value):
-        return -math.inf
-    return -value if better.startswith("-") else value
-
-
-def _validation_line(state: State, measured: dict[str, float], better: str) -> str:
-    name = better.removeprefix("-")
-    best = "the best so far" if state.best_step == state.step else f"the best is {state.best[name]:.4f}"
-    return f"validation after step {state.step}: {name} {measured[name]:.4f}, {best}"
-
-
-@contextmanager
-def _explained(
-    state: State, batches: Batches, settings: LoopSettings, optim: OptimSettings
-) -> Iterator[None]:
-    """What can go wrong in a step, in the words of the user's data and settings."""
-    try:
-        yield
-    except NotFinite as what:
-        numbers = range(state.step * settings.accumulate, (state.step + 1) * settings.accumulate)
-        cases = (name for number in numbers for name in batches.cases(number))
-        names = ", ".join(f"`{name}`" for name in dict.fromkeys(cases))
-        rate = learning_rate(state.step, settings.steps, optim)
-        raise UserError(
-            f"the {what} is not finite at step {state.step}: rate {rate:.3g}, cases {names}",
-            hint="look at these cases; else a lower `optim.lr`, `loop.clip=1` or `loop.amp=off`, and another "
-            "`out`. What was saved is from before this step, and good",
-        ) from what
-    except (MemoryError, RuntimeError) as error:  # torch raises the latter on a CPU
-        gpu = isinstance(error, torch.OutOfMemoryError)
-        if not (gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
-            raise
-        raise UserError(
-            f"the {'GPU' if gpu else 'computer'}'s memory is too small for step {state.step}",
-            hint="a smaller `sampling.batch_size` with a larger `loop.accumulate`, a smaller "
-            "`sampling.patch_size`, or `network_options.checkpointing=true`",
-        ) from error
-
-
-def _check_space(learner: Learner, folder: Path) -> None:
-    """A full disk is better found before the first step than at the first checkpoint."""
-    weights = sum(p.numel() * p.element_size() for p in learner.objective.parameters())
-    copies = 3 + (learner.average is not None)  # the weights, the two moments of Adam, the average
-    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    needed = CHECKPOINTS * copies * weights - there
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"`{folder}` has {free / 1e9:.2f} GB free, and checkpoints need {needed / 1e9:.2f} GB",
-            hint="free some space, or choose another `out`",
+    def go_back(self) -> dict[str, Any] | None:
+        """To the last checkpoint, whose content it returns, and on from there at half the rate."""
+        halved = self.state.halved + 1
+        saved = self.resume()
+        self.state.halved, self.state.skipped = halved, 0
+        say(
+            f"warning: {self.settings.skips} steps in a row were not finite: going back to step "
+            f"{self.state.step}, at a rate of 1/{2**halved}"
         )
+        return saved
+
+    def resume(self) -> dict[str, Any] | None:
+        """Takes over the last checkpoint, and returns it, where there is one."""
+        saved = checkpoint.load_last(self.folder, warn=say)
+        if saved:
+            self.learner.load_state_dict(saved["learner"])
+            self.state = State(**saved["state"])
+        return saved
+
+    def metrics(self, saved: dict[str, Any] | None) -> Metrics:
+        """The log, as far as the checkpoint knows it."""
+        if not this_rank().first:
+            return Unwritten()
+        upto = {"training": self.state.step, "validation": self.state.validated}
+        return Metrics(self.folder / "metrics.jsonl", upto, saved and saved["log"])
+
+    def keep_best(self) -> None:
+        content = self._content()
+        if this_rank().first:
+            checkpoint.save(self.folder / "best", content)
+            self.export(self.learner.subject, self.state)
+        wait()
+
+    def save(self, metrics: Metrics) -> None:
+        content = self._content()
+        if this_rank().first:
+            checkpoint.save_last(self.folder, content | {"log": metrics.sync()})
+
+    def _content(self) -> dict[str, object]:
+        return {"learner": self.learner.state_dict(), "state": asdict(self.state)}

@@ -18,9 +18,11 @@ from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
 from unetrkit.data.store import Store
+from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
+from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
 from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
 from unetrkit.training.learner import Batch, device_of
@@ -83,11 +85,13 @@ class Patches:
             seed=self.settings.loop.seed,
             steps=range(start, stop),
             workers=self.settings.loop.workers,
+            rank=this_rank(),
         )
 
     def cases(self, number: int) -> list[str]:
-        sampling, seed = self.settings.sampling, self.settings.loop.seed
-        first, stop = number * sampling.batch_size, (number + 1) * sampling.batch_size
+        sampling, seed, rank = self.settings.sampling, self.settings.loop.seed, this_rank()
+        first = (number * rank.world + rank.rank) * sampling.batch_size
+        stop = first + sampling.batch_size
         positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
         return [self.names[case_at(seed, position, len(self.names))] for position in positions]
 
@@ -103,6 +107,11 @@ def train(settings: TrainSettings) -> State:
     for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
     store = Store.open(settings.data)
+    if not store.plan.classes:
+        raise UserError(
+            f"the cases in `{settings.data}` were prepared without labels: no segmentation can be learnt",
+            hint="`unetrkit pretrain` learns without labels; to train, prepare a list with labels",
+        )
     out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
     init = settings.init and settings.init.resolve()
     settings = settings.model_copy(

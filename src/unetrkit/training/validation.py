@@ -19,6 +19,7 @@ from unetrkit.data.volume import read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation.metrics import dice_scores
 from unetrkit.inference.predict import PredictSettings, predict_stored
+from unetrkit.training.distributed import from_all, share
 
 KEPT_LABELS = 512 * 2**20  # bytes of original labels that stay in memory between validations
 
@@ -60,15 +61,17 @@ class Validation:
     def each_case(
         self, network: nn.Module, show: Callable[[str], None] = lambda line: None
     ) -> dict[str, dict[str, float | None]]:
-        """Dice by case and organ; None where it is not defined."""
+        """Dice by case and organ; None where it is not defined. Ranks share the work."""
         organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
         scores = {}
-        for number, case in enumerate(self._cases, 1):
-            show(f"validating {number}/{len(self._cases)}")
+        mine = share(self._cases)
+        for number, case in enumerate(mine, 1):
+            show(f"validating {number}/{len(mine)}")
             prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
             dice = dice_scores(self._truth(case), prediction, list(organs))
             scores[case.name] = {organs[organ]: value for organ, value in dice.items()}
-        return scores
+        of_all = {name: dice for part in from_all(scores) for name, dice in part.items()}
+        return {case.name: of_all[case.name] for case in self._cases}
 
     def _truth(self, case: StoredCase) -> np.ndarray:
         """The case's own label, (x, y, z) ids, in the axis order of its image."""

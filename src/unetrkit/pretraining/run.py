@@ -1,0 +1,190 @@
+"""A pre-training run: from stores of scans without labels to weights that a training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, JsonValue
+from torch import nn
+
+from unetrkit.config import Settings, settings_from
+from unetrkit.data.crops import Crops, CropSettings, Source, crop_batches
+from unetrkit.data.folds import split_cases
+from unetrkit.data.store import Store, StoredCase
+from unetrkit.errors import UserError, nearest
+from unetrkit.pretraining import OBJECTIVES
+from unetrkit.pretraining.probes import Probe
+from unetrkit.pretraining.report import write_report
+from unetrkit.pretraining.watch import Watch, WatchSettings, measure_features
+from unetrkit.pretraining.weights import load_pretrained, network_to_tune, save_pretrained
+from unetrkit.ranks import this_rank
+from unetrkit.training.folder import Job, carry_out
+from unetrkit.training.learner import Batch, device_of
+from unetrkit.training.log import say
+from unetrkit.training.loop import LoopSettings, State
+from unetrkit.training.optim import OptimSettings
+
+VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's own
+
+
+class PretrainSettings(Settings):
+    """Everything about a pre-training run; a recipe states what differs from these."""
+
+    # one store that `unetrkit prepare` made, or several: `data=a,b`
+    data: Path | Annotated[tuple[Path, ...], Field(min_length=1)]
+    # how often each of them is drawn from, in proportion; null: every scan as often as every other
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    # the run's folder; null: runs/OBJECTIVE-STORE
+    out: Path | None = None
+    objective: str
+    # what is the objective's own: its corruptions and losses
+    objective_options: dict[str, JsonValue] = Field(default_factory=dict)
+    # what the pre-training network's own entry in `networks` takes
+    network_options: dict[str, JsonValue] = Field(default_factory=dict)
+    crops: CropSettings = CropSettings()
+    optim: OptimSettings = OptimSettings()
+    loop: LoopSettings = LoopSettings()
+    watch: WatchSettings = WatchSettings()
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The batches of a run, by their number."""
+
+    sources: tuple[Source, ...]
+    settings: CropSettings
+    seed: int
+    workers: int
+
+    @property
+    def size(self) -> int:
+        return self.settings.batch_size
+
+    def __call__(self, start: int, stop: int) -> Generator[Batch]:
+        steps = range(start, stop)
+        yield from crop_batches(
+            self.sources, self.settings, seed=self.seed, steps=steps, workers=self.workers, rank=this_rank()
+        )
+
+    def cases(self, number: int) -> list[str]:
+        return Crops(self.sources, self.settings, self.seed, this_rank()).cases(number)
+
+
+def pretrain(settings: PretrainSettings) -> State:
+    """Pre-trains a network, or goes on where the same command stopped; a finished run stays as it is.
+
+    Writes what a training run writes (config.yaml, run.json, metrics.jsonl, `last`, `best`), `model`, the
+    best weights by the loss on fixed crops of the validation cases, pictures of what is restored, and
+    report.html. Raises UserError for what the user can correct and Interrupted for Ctrl-C or SIGTERM.
+    """
+    objective_name = settings.objective
+    if objective_name not in OBJECTIVES:
+        hint = nearest(objective_name, OBJECTIVES)
+        raise UserError(f"`{objective_name}` is not an objective of pre-training", hint=hint)
+    chosen = OBJECTIVES[objective_name]
+    stores = [Store.open(path) for path in settings.stores]
+    out = settings.out or Path("runs") / f"{objective_name}-{settings.stores[0].resolve().name}"
+    settings = _resolved(settings, out)
+    own = settings_from(chosen.settings, settings.objective_options, "objective_options")
+    splits = [split_cases(store.cases, None) for store in stores]
+    weights = _weights(settings)
+    patch = settings.crops.patch_size or stores[0].plan.patch_size
+    crops = settings.crops.model_copy(update={"patch_size": patch})
+    training, validation = (
+        tuple(
+            Source(store.path.resolve(), tuple(case.name for case in split[side]), weight)
+            for store, split, weight in zip(stores, splits, weights, strict=True)
+        )
+        for side in (0, 1)
+    )
+    plan = stores[0].plan
+    torch.manual_seed(settings.loop.seed)
+    options = dict(settings.network_options)
+    objective = chosen.build(len(plan.channels), patch, options, own)
+    network = objective.get_submodule("network")
+    tuned, tuned_options = network_to_tune(chosen.networks, network, len(plan.channels), patch, options)
+    fixed = _fixed_batches(validation, crops, settings.watch.crops)
+    probe = None
+    if settings.watch.probe is not None:
+        probe = Probe.of(settings.watch.probe, patch, settings.watch.probe_patches)
+    device = device_of(settings.loop.device)
+    before = measure_features(objective.to(device).eval(), fixed)
+    watch = Watch(fixed, out, settings.watch.pictures, probe, before)
+
+    def export(subject: nn.Module, state: State) -> None:
+        description = {
+            "network": tuned,
+            "in_channels": len(plan.channels),
+            "image_size": patch,
+            "options": tuned_options,
+            "plan": plan,
+            "origin": {"run": out.name, "objective": objective_name, "step": state.best_step} | state.best,
+        }
+        save_pretrained(out / "model", subject.get_submodule("network"), description)
+
+    seen, held = ([case for split in splits for case in split[side]] for side in (0, 1))
+    parameters = sum(weight.numel() for weight in network.parameters())
+    job = Job(
+        settings,
+        settings.loop,
+        settings.optim,
+        objective,
+        Numbered(training, crops, settings.loop.seed, settings.loop.workers),
+        validate=watch,
+        better="-loss",
+        export=export,
+        load=load_pretrained,
+        made_of={
+            "plan": [store.plan_hash for store in stores],
+            "training": [case.name for case in seen],
+            "validation": [case.name for case in held],
+            "sources": _sources(seen + held),
+        },
+        about=(
+            f"{objective_name}, {parameters / 1e6:.1f} M weights, on {len(seen)} scans, watched on "
+            f"{len(held)}, in {out}",
+        ),
+    )
+    state = carry_out(job, out)
+    report = write_report(out)
+    say(f"look at {report}")
+    say(f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE")
+    return state
+
+
+def _resolved(settings: PretrainSettings, out: Path) -> PretrainSettings:
+    """With absolute paths: the run goes on from anywhere."""
+    stores = tuple(path.resolve() for path in settings.stores)
+    probe = settings.watch.probe and settings.watch.probe.resolve()
+    watch = settings.watch.model_copy(update={"probe": probe})
+    data = stores if len(stores) > 1 else stores[0]
+    return settings.model_copy(update={"data": data, "out": out.resolve(), "watch": watch})
+
+
+def _weights(settings: PretrainSettings) -> Sequence[float | None]:
+    if settings.weights is None:
+        return [None] * len(settings.stores)
+    if len(settings.weights) != len(settings.stores):
+        raise UserError(
+            f"`weights` has {len(settings.weights)} values for {len(settings.stores)} stores",
+            hint="one for each store of `data`",
+        )
+    return settings.weights
+
+
+def _fixed_batches(sources: Sequence[Source], settings: CropSettings, crops: int) -> tuple[Batch, ...]:
+    """Crops of the validation cases, the same for every run on these stores with this size of batch."""
+    steps = range(max(1, crops // settings.batch_size))
+    return tuple(crop_batches(sources, settings, seed=VALIDATION_SEED, steps=steps, workers=0))
+
+
+def _sources(cases: Sequence[StoredCase]) -> dict[str, Any]:
+    return {case.name: case.source for case in cases}
