@@ -28,6 +28,7 @@ ORDER = (
     "evaluation",
     "training",
     "pretraining",
+    "studies",
     "demo",
     "cli",
 )

@@ -13,10 +13,21 @@ from unetrkit.cli.app import app, say
 from unetrkit.cli.data import check, prepare
 from unetrkit.cli.learn import pretrain, train
 from unetrkit.cli.results import evaluate, predict
+from unetrkit.cli.study import study
 from unetrkit.errors import ExitCode, Interrupted, UserError
 from unetrkit.ranks import first_to_say
 
-for command in (demo, check, prepare, pretrain, train, predict, evaluate, info):  # as `--help` lists them
+for command in (
+    demo,
+    check,
+    prepare,
+    pretrain,
+    train,
+    predict,
+    evaluate,
+    study,
+    info,
+):  # as `--help` lists them
     app.command()(command)
 
 

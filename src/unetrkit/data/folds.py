@@ -72,6 +72,14 @@ def split_cases(
     return training, validation
 
 
+def first_cases(cases: list[AnyCase], count: int | None) -> list[AnyCase]:
+    """The first `count` cases, or all of them for None. Raises UserError where there are fewer."""
+    if count is not None and count > len(cases):
+        message = f"{many(count, 'training case')} are asked for, and there are {len(cases)}"
+        raise UserError(message, hint="give fewer, or add cases to the data list")
+    return cases[:count]
+
+
 def _cross_validate(
     cases: list[AnyCase], fold: int, folds: int, seed: int
 ) -> tuple[list[AnyCase], list[AnyCase]]:

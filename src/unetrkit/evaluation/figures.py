@@ -52,7 +52,7 @@ def dice_figure(summary: Summary) -> str | None:
     organs = [o for o in summary.organs if o.estimates["dice"].count]
     if not organs:
         return None
-    with _figure(9.6, 0.8 + 0.34 * len(organs)) as figure:
+    with new_figure(9.6, 0.8 + 0.34 * len(organs)) as figure:
         axes = figure.add_subplot()
         for row, organ in enumerate(organs):
             k = summary.organs.index(organ)
@@ -92,7 +92,7 @@ def panels_figure(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[int, f
         return None
     rows = -(-len(panels) // 3)
     columns = min(3, len(panels))
-    with _figure(3.6 * columns, 2.5 * rows) as figure:
+    with new_figure(3.6 * columns, 2.5 * rows) as figure:
         for place, (title, chosen) in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
             for name, points in list(chosen.items())[:6]:
@@ -136,7 +136,7 @@ def slices_figure(
     ]
     pictures = []
     for name, (cut, across, up, letters) in PLANES.items():
-        with _figure(3.4, 3.75, face="#101418") as figure:
+        with new_figure(3.4, 3.75, face="#101418") as figure:
             axes = figure.add_subplot()
             plane = tuple(centre[a] if a == cut else slice(*reach[a]) for a in range(3))
             left, right, bottom, top = (edge * spacing[a] for a in (across, up) for edge in reach[a])
@@ -219,7 +219,7 @@ def _numbers(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 
 
 @contextmanager
-def _figure(width: float, height: float, face: str = "white") -> Iterator[Figure]:
+def new_figure(width: float, height: float, face: str = "white") -> Iterator[Figure]:
     """A figure that no window, backend or earlier setting of the caller's has a hand in."""
     from matplotlib import style
     from matplotlib.figure import Figure

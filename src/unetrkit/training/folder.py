@@ -106,7 +106,7 @@ def _open(out: Path, job: Job) -> None:
     """Begins a new run, or goes on with the same. Raises UserError for any other."""
     config, record = out / "config.yaml", out / "run.json"
     if config.exists():
-        _same_run(load_recipe(type(job.settings), config), job, out)
+        same_run(load_recipe(type(job.settings), config), job.settings, job.loop, job.optim, out)
         if not record.exists() and any((out / name).exists() for name in ("last", "previous")):
             raise UserError(
                 f"`{record}`, which says what the run was trained on, is missing",
@@ -130,13 +130,13 @@ def _open(out: Path, job: Job) -> None:
     atomic_write(record, json.dumps({**job.made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
 
 
-def _same_run(before: Settings, job: Job, out: Path) -> None:
+def same_run(before: Settings, now: Settings, loop: LoopSettings, optim: OptimSettings, out: Path) -> None:
     """Settings that change what is computed must be the same; a longer run must begin with the same rates."""
-    old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, job.settings))
+    old, new = (flatten(settings.model_dump(mode="json")) for settings in (before, now))
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
     if differing == ["loop.steps"]:
-        steps, more = int(str(old["loop.steps"])), job.loop.steps
-        same = (learning_rate(s, steps, job.optim) == learning_rate(s, more, job.optim) for s in range(steps))
+        steps, more = int(str(old["loop.steps"])), loop.steps
+        same = (learning_rate(s, steps, optim) == learning_rate(s, more, optim) for s in range(steps))
         if more > steps and all(same):
             return
         raise UserError(

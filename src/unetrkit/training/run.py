@@ -14,7 +14,7 @@ from torch import nn
 from unetrkit.config import Settings
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.files import read_json
-from unetrkit.data.folds import split_cases
+from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.loader import batches
 from unetrkit.data.sampling import SamplingSettings, case_at
 from unetrkit.data.store import Store
@@ -54,6 +54,8 @@ class TrainSettings(Settings):
     init_size: tuple[int, int, int] | None = None
     # null: the data list's own validation cases, else fold 0
     fold: int | None = Field(default=None, ge=0)
+    # the first so many of the training cases, in the data list's order; null: all
+    cases: int | None = Field(default=None, ge=1)
     sampling: SamplingSettings = SamplingSettings()
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
@@ -116,6 +118,7 @@ def train(settings: TrainSettings) -> State:
         update={"data": settings.data.resolve(), "out": out.resolve(), "init": init}
     )
     training, validation = split_cases(store.cases, settings.fold)
+    training = first_cases(training, settings.cases)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
     torch.manual_seed(settings.loop.seed)
     begun, initial, options = _begun_with(out), None, dict(settings.network_options)

@@ -50,21 +50,28 @@ class Validation:
         self, network: nn.Module, show: Callable[[str], None] = lambda line: None
     ) -> dict[str, float]:
         """`show` is told how far it is."""
+        scores = self.each_case(network, show).values()
+        organs = [c.name for c in self._plan.classes if c.id != 0]
+        found = {organ: [dice for case in scores if (dice := case[organ]) is not None] for organ in organs}
+        means = {organ: fmean(values) if values else math.nan for organ, values in found.items()}
+        defined = [mean for mean in means.values() if not math.isnan(mean)]
+        named = {f"dice/{organ}": mean for organ, mean in means.items()}
+        return {"dice": fmean(defined) if defined else math.nan} | named
+
+    def each_case(
+        self, network: nn.Module, show: Callable[[str], None] = lambda line: None
+    ) -> dict[str, dict[str, float | None]]:
+        """Dice by case and organ; None where it is not defined. Ranks share the work."""
         organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
-        found: dict[int, list[float]] = {organ: [] for organ in organs}
+        scores = {}
         mine = share(self._cases)
         for number, case in enumerate(mine, 1):
             show(f"validating {number}/{len(mine)}")
             prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
-            for organ, dice in dice_scores(self._truth(case), prediction, list(organs)).items():
-                if dice is not None:
-                    found[organ].append(dice)
-        parts = from_all(found)
-        found = {organ: [dice for part in parts for dice in part[organ]] for organ in organs}
-        means = {organ: fmean(values) if values else math.nan for organ, values in found.items()}
-        defined = [mean for mean in means.values() if not math.isnan(mean)]
-        named = {f"dice/{organs[organ]}": mean for organ, mean in means.items()}
-        return {"dice": fmean(defined) if defined else math.nan} | named
+            dice = dice_scores(self._truth(case), prediction, list(organs))
+            scores[case.name] = {organs[organ]: value for organ, value in dice.items()}
+        of_all = {name: dice for part in from_all(scores) for name, dice in part.items()}
+        return {case.name: of_all[case.name] for case in self._cases}
 
     def _truth(self, case: StoredCase) -> np.ndarray:
         """The case's own label, (x, y, z) ids, in the axis order of its image."""
