@@ -169,3 +169,24 @@ def test_the_next_command_says_what_the_file_does_not_bring_by_itself(tmp_path: 
     found = inspect_weights(tmp_path / "my model.pt", "swin_unetr_tiny", words)
     assert len(found.audit.adapted) == 3 and len(found.audit.missing) == 2
     assert "network_options.merging=full" in found.command
+
+
+def test_heads_of_deep_supervision_are_of_training_only(store: Path, published: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = (f"init={published}", "network_options.deep_supervision=2", *ONE_STEP)
+    train(settings(store, tmp_path / "deep", *words))
+    model = load_model(tmp_path / "deep")
+    assert model.description["options"]["deep_supervision"] == 2
+    assert model.description["origin"]["init"]["encoder_share"] == 1
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.network(image), model.network.scales(image)[0])
+
+    train(settings(store, tmp_path / "plain", f"init={tmp_path / 'deep'}", *ONE_STEP, *STILL))
+    plain = load_model(tmp_path / "plain")
+    assert "deep_supervision" not in plain.description["options"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.network(image), model.network(image), rtol=0, atol=1e-5)
+    audit = inspect_weights(tmp_path / "plain", None, ["deep_supervision=2"]).audit
+    heads = [f"decoder.coarse_heads.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")]
+    assert sorted(entry.name for entry in audit.missing) == sorted(heads)
+    assert audit.encoder_share == 1 and 0.99 < audit.decoder_share < 1

@@ -141,20 +141,45 @@ def folding_pays(coarse: Tensor, skip: Tensor) -> bool:
 
 
 class Decoder(nn.Module):
-    """From maps of `channels` channels, finest first, back to logits on the finest map's grid."""
+    """From maps of `channels` channels, finest first, back to logits on the finest map's grid.
 
-    def __init__(self, channels: Sequence[int], classes: int, *, checkpointing: bool = False) -> None:
+    deep_supervision: how many of the coarser maps on that way say logits too, in `scales`, so that a loss
+    reaches them directly. Lee et al. 2015, https://arxiv.org/abs/1409.5185
+
+    Raises UserError where there are not so many; the bottom of the U is none of them.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], classes: int, *, checkpointing: bool = False, deep_supervision: int = 0
+    ) -> None:
         super().__init__()
+        if not 0 <= deep_supervision <= len(channels) - 2:
+            hint = f"the decoder has {len(channels) - 2} maps that are coarser than the image"
+            raise UserError(f"`deep_supervision` is {deep_supervision}", hint=hint)
         self.checkpointing = checkpointing
         self.up = nn.ModuleList(Up(coarse, fine) for fine, coarse in pairwise(channels))
         self.head = nn.Conv3d(channels[0], classes, 1)
+        coarser = channels[1 : 1 + deep_supervision]
+        self.coarse_heads = nn.ModuleList(nn.Conv3d(width, classes, 1) for width in coarser)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        x = features[-1]
-        for up, skip in zip(reversed(self.up), reversed(features[:-1]), strict=True):
-            x = run(up, x, skip, checkpointing=self.checkpointing)
-        logits: Tensor = self.head(x)
-        return logits
+        return self._logits(features, [self.head])[0]
+
+    def scales(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The logits of `forward`, then those of the coarser maps."""
+        return self._logits(features, [self.head, *self.coarse_heads])
+
+    def _logits(self, features: Sequence[Tensor], heads: Sequence[nn.Module]) -> list[Tensor]:
+        x, logits = features[-1], []
+        for level in reversed(range(len(self.up))):
+            x = self.step(level, x, features)
+            if level < len(heads):
+                logits.append(heads[level](x))
+        return logits[::-1]
+
+    def step(self, level: int, x: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """The decoder's map of a level from that of the level below."""
+        return run(self.up[level], x, features[level], checkpointing=self.checkpointing)
 
 
 def arranged(image: Tensor) -> Tensor:
@@ -181,16 +206,33 @@ class EncoderDecoder(nn.Module):
         self.decoder = decoder
         initialise(self)
 
+    @property
+    def deep_supervision(self) -> int:
+        """How many coarser scales there are in `scales`."""
+        return len(self.decoder.coarse_heads)
+
     def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(self._maps(image))
+        return logits
+
+    def scales(self, image: Tensor) -> list[Tensor]:
+        """The logits of `forward`, then those at 1/2, 1/4, … of the image's size, rounded up."""
+        scales = []
+        for level, logits in enumerate(self.decoder.scales(self._maps(image))):
+            x, y, z = (-(-size // 2**level) for size in image.shape[2:])
+            scales.append(
+                logits[:, :, :x, :y, :z]
+            )  # the rest is where a vision transformer's image was padded
+        return scales
+
+    def _maps(self, image: Tensor) -> list[Tensor]:
         image = arranged(image)
         return self.decode([image, *self.encoder(image)])
 
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The image, as `arranged`, and the encoder's maps -> logits."""
         checkpointing = self.decoder.checkpointing
-        maps = [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
-        logits: Tensor = self.decoder(maps)
-        return logits
+        return [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
 
 
 class DropPath(nn.Module):

@@ -12,7 +12,7 @@ from unetrkit.networks.published import Named
 
 SWIN_SIZES = {12: "swin_unetr_tiny", 24: "swin_unetr_small", 48: "swin_unetr_base"}
 # how a network is trained, not what it is: not taken over from a model
-OF_TRAINING = {"checkpointing", "dropout", "drop_path"}
+OF_TRAINING = {"checkpointing", "deep_supervision", "dropout", "drop_path"}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def unetr(
     patch_embedding: Literal["conv", "perceptron"] = "conv",
     dropout: float = 0.0,
     checkpointing: bool = False,
+    deep_supervision: int = 0,
     **size: Any,
 ) -> EncoderDecoder:
     """UNETR, as it stands with ViT-B/16: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
@@ -58,6 +59,7 @@ def unetr(
         patch_embedding: how the embedding begins, see `PatchEmbedding`.
         dropout: in the transformer.
         checkpointing: compute activations twice instead of keeping them.
+        deep_supervision: how many coarser scales are trained too, see `Decoder`; with a patch of 16 up to 3.
         size: the transformer's own options, see `ViTSize`; its taps become the skips from 1/2 down.
 
     Raises:
@@ -73,7 +75,8 @@ def unetr(
     )
     channels = decoder_channels(feature_size, encoder)
     skip = skips(in_channels, channels)
-    return EncoderDecoder(encoder, skip, Decoder(channels, classes, checkpointing=checkpointing))
+    decoder = Decoder(channels, classes, checkpointing=checkpointing, deep_supervision=deep_supervision)
+    return EncoderDecoder(encoder, skip, decoder)
 
 
 def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
