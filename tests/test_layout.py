@@ -28,6 +28,7 @@ ORDER = (
     "evaluation",
     "training",
     "pretraining",
+    "deployment",
     "demo",
     "cli",
 )

@@ -11,6 +11,7 @@ import typer
 from unetrkit.cli.about import demo, info
 from unetrkit.cli.app import app, say
 from unetrkit.cli.data import check, prepare
+from unetrkit.cli.launch import launch
 from unetrkit.cli.learn import pretrain, train
 from unetrkit.cli.results import evaluate, predict
 from unetrkit.errors import ExitCode, Interrupted, UserError
@@ -18,6 +19,7 @@ from unetrkit.ranks import first_to_say
 
 for command in (demo, check, prepare, pretrain, train, predict, evaluate, info):  # as `--help` lists them
     app.command()(command)
+app.add_typer(launch)
 
 
 def _lower(text: str) -> str:
