@@ -106,3 +106,25 @@ def slurm(
     jobs = submit(_command(words), settings, logs, array)
     print("\n".join(job.job_id for job in jobs))
     say(f"next: squeue --me; the logs are {quoted(logs)}/JOB_0_log.out")
+
+
+@launch.command()
+def azureml(
+    words: Words,
+    config: Annotated[Path, typer.Option(help="Workspace, compute, datastore, machines: docs/launch.md.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Submit a pipeline of fetch, prepare and train to Azure ML; needs the `azureml` extra.
+
+    Example: unetrkit launch azureml --config config.yaml -- train swin_unetr_base loop.trackers=mlflow
+    """
+    from unetrkit.config import load_recipe
+    from unetrkit.deployment.azureml import AzureSettings, pipeline, submit
+
+    settings = load_recipe(AzureSettings, config)
+    if dry_run:
+        print(pipeline(settings, _command(words)))
+        return
+    job = submit(settings, _command(words))
+    print(job.name)
+    say(f"next: open {job.studio_url}")

@@ -123,7 +123,7 @@ def _checked(dataset: Dataset, plan: Plan, out: Path) -> tuple[list[Case], Plan]
     _require_ours(out)
     with write_problems(out):
         (out / "cases").mkdir(parents=True, exist_ok=True)
-    return cases
+    return cases, plan
 
 
 def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
