@@ -29,6 +29,7 @@ ORDER = (
     "training",
     "pretraining",
     "studies",
+    "deployment",
     "demo",
     "cli",
 )

@@ -11,6 +11,7 @@ import typer
 from unetrkit.cli.about import demo, info
 from unetrkit.cli.app import app, say
 from unetrkit.cli.data import check, prepare
+from unetrkit.cli.launch import launch
 from unetrkit.cli.learn import pretrain, train
 from unetrkit.cli.results import evaluate, predict
 from unetrkit.cli.study import study
@@ -29,6 +30,7 @@ for command in (
     info,
 ):  # as `--help` lists them
     app.command()(command)
+app.add_typer(launch)
 
 
 def _lower(text: str) -> str:
