@@ -27,6 +27,7 @@ from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
 from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.trackers import Trackers, mirrored
 
 # measures an objective, telling its second argument how far it is
 Validate = Callable[[nn.Module, Callable[[str], None]], dict[str, float]]
@@ -55,6 +56,8 @@ class LoopSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # processes that load data; the batches do not depend on it
     workers: Annotated[int, Field(ge=0, le=128)] = 2
+    # where the records of metrics.jsonl go besides
+    trackers: Trackers = ()
 
 
 class Batches(Protocol):
@@ -131,7 +134,8 @@ def fit(
     slow = "hint: there is no GPU; lower `loop.steps` or `sampling.patch_size`" if on_cpu else ""
     upto = {"training": state.step, "validation": state.validated}
     with (
-        Metrics(folder / "metrics.jsonl", upto, saved and saved["log"]) as metrics,
+        mirrored(settings.trackers, folder) as mirror,
+        Metrics(folder / "metrics.jsonl", upto, saved and saved["log"], mirror) as metrics,
         Progress(state.step, settings.steps, batches.size * settings.accumulate, slow) as progress,
         Interruption() as interruption,
         _explained(state, batches, settings, optim),
