@@ -22,11 +22,13 @@ ORDER = (
     "config",
     "info",
     "data",
+    "fetch",
     "networks",
     "inference",
     "evaluation",
     "training",
     "demo",
+    "fetch_command",
     "cli",
 )
 MAY_IMPORT = {room: set(ORDER[:place]) for place, room in enumerate(ORDER)}

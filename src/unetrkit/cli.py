@@ -13,6 +13,7 @@ import typer
 
 from unetrkit import __version__
 from unetrkit.errors import ExitCode, Interrupted, UserError
+from unetrkit.fetch_command import fetch
 from unetrkit.memory import keep_freed_memory
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     epilog="Start with `unetrkit demo`, or with your own scans: check, prepare, train, predict, evaluate.",
 )
 
+app.command()(fetch)
 DataArgument = Annotated[
     Path,
     typer.Argument(help="A data list (JSON, CSV), an nnU-Net folder, or a folder of image/label pairs."),
