@@ -221,6 +221,19 @@ def test_dicom_series_become_nifti_and_subjects_stay_apart(archives, lidc, tmp_p
     assert [path for path, _ in archives.asked] == ["/nbia/getSeries", "/nbia/getImageWithMD5Hash"]
 
 
+def test_a_series_that_is_cut_is_asked_for_again(archives, lidc, tmp_path):
+    uid, answers = lidc[0]["SeriesInstanceUID"], []
+
+    def cut_once(query, body):
+        content = ZIPS[query["SeriesInstanceUID"][0]]
+        answers.append(query["SeriesInstanceUID"][0])
+        return content[:500] if len(answers) == 1 else content
+
+    archives.answers["/nbia/getImageWithMD5Hash"] = cut_once
+    fetch("lidc", tmp_path / "lidc", quiet, hosts(archives))
+    assert answers[:2] == [uid, uid] and len(answers) == 12
+
+
 def test_a_slice_that_is_damaged_on_its_way_is_refused_and_named(archives, lidc, tmp_path):
     uid = lidc[0]["SeriesInstanceUID"]
     whole = ZIPS[uid]

@@ -10,6 +10,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,12 @@ def download(remote: Remote, folder: Path, progress: Progress) -> Path:
     if path.exists():
         if hash_of(path, remote.digest) == remote.digest:
             return path
-        part.unlink(missing_ok=True)
         raise UserError(
             f"`{path}` is not the file that was published", hint="remove it, and run the command again"
         )
     with write_problems(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for last_chance in (False, True):
+    while True:
         resumed = part.exists() and part.stat().st_size > 0
         _load(remote, part, progress)
         found = hash_of(part, remote.digest)
@@ -67,7 +67,7 @@ def download(remote: Remote, folder: Path, progress: Progress) -> Path:
                 sync_folder(folder)
             return path
         part.unlink()  # a part of an older version, or of another file, cannot be gone on with
-        if last_chance or not resumed:
+        if not resumed:
             break
     raise UserError(
         f"`{remote.name}` arrived with the hash {found}, but was published with {remote.digest}",
@@ -171,12 +171,18 @@ def get_json(url: str, what: str, headers: Mapping[str, str] | None = None) -> A
             time.sleep(FIRST_WAIT * 2**attempt)
 
 
-def get_file(url: str, path: Path, what: str) -> None:
-    """A file that a server makes while it sends it: without length or hash, from its beginning only."""
+def get_zip(url: str, path: Path, what: str) -> None:
+    """An archive that a server makes while it sends it: without length or hash, from its beginning only."""
     for attempt in range(ATTEMPTS):
         try:
-            with open_url(url, {}) as answer, write_problems(path), open(path, "wb") as file:
-                shutil.copyfileobj(answer, file, PIECE)
+            with write_problems(path):
+                file = open(path, "wb")
+            with file, open_url(url, {}) as answer:
+                while piece := answer.read(PIECE):
+                    with write_problems(path):
+                        file.write(piece)
+            if not zipfile.is_zipfile(path):  # its directory is at its end
+                raise ConnectionError("the connection ended amid the archive")
             return
         except CUT as problem:
             refuse_answer(problem, what)

@@ -18,9 +18,9 @@ from urllib.parse import urlencode
 
 from unetrkit.data.files import read_json, write_problems
 from unetrkit.data.volume import read_image, write_image
-from unetrkit.errors import UserError, many
+from unetrkit.errors import MissingExtra, UserError, many
 from unetrkit.fetch.catalogue import Published
-from unetrkit.fetch.download import get_file, get_json, write_json
+from unetrkit.fetch.download import get_json, get_zip, write_json
 from unetrkit.fetch.unpack import unpack
 from unetrkit.progress import Progress
 
@@ -84,6 +84,8 @@ def convert_series(found: list[Series], out: Path, progress: Progress) -> list[S
         with contextmanager(one.slices)(out) as folder:
             try:
                 volume = read_image([folder])
+            except MissingExtra:
+                raise
             except UserError as why:
                 refused[one.uid] = why.message.replace(str(folder), "the series")
                 write_json(refused_path, refused)
@@ -106,7 +108,7 @@ def _downloaded(host: str, uid: str, out: Path) -> Iterator[Path]:
     try:
         archive = work / "series.zip"
         query = urlencode({"SeriesInstanceUID": uid})
-        get_file(f"{host}getImageWithMD5Hash?{query}", archive, f"the series {uid}")
+        get_zip(f"{host}getImageWithMD5Hash?{query}", archive, f"the series {uid}")
         names = unpack(archive, work / "files", lambda path: path.name)
         sums = [work / "files" / name for name in names if name.lower().startswith("md5")]
         slices = [work / "files" / name for name in names if name.lower().endswith(".dcm")]
@@ -118,8 +120,9 @@ def _downloaded(host: str, uid: str, out: Path) -> Iterator[Path]:
                 f"{len(stated)} that TCIA sent",
                 hint="run the command again: it goes on with this series",
             )
-        for one in sums:
-            one.unlink()
+        for name in names:  # sums and licence are no slices
+            if not name.lower().endswith(".dcm"):
+                (work / "files" / name).unlink()
         yield work / "files"
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -127,7 +130,13 @@ def _downloaded(host: str, uid: str, out: Path) -> Iterator[Path]:
 
 def _by_hand(folder: Path) -> Series | None:
     """A series that the NBIA Data Retriever put into a folder of its own; None for what is no CT."""
-    import pydicom
+    try:
+        import pydicom
+    except ImportError as error:
+        raise MissingExtra(f"reading the DICOM series `{folder}`", "io") from error
+
+    def slices(out: Path) -> Iterator[Path]:
+        yield folder
 
     first = min(folder.glob("*.dcm"))
     try:
@@ -137,4 +146,4 @@ def _by_hand(folder: Path) -> Series | None:
     except Exception as error:  # on damaged files pydicom raises nearly anything
         hint = "download its series again"
         raise UserError(f"`{first}` is not a readable DICOM file", hint=hint) from error
-    return Series(subject, uid, lambda out: iter([folder])) if modality == "CT" else None
+    return Series(subject, uid, slices) if modality == "CT" else None

@@ -50,6 +50,8 @@ def unpack(archive: Path, target: Path, place: Callable[[PurePosixPath], str | N
             if name.casefold() in placed:
                 raise _refused(archive, f"holds `{name}` twice")
             placed[name.casefold()] = (name, member)
+        with write_problems(target):
+            target.mkdir(parents=True, exist_ok=True)
         check_space(target, sum(member.size for _, member in placed.values()))
         for name, member in placed.values():
             path = target / name
