@@ -23,6 +23,7 @@ ORDER = (
     "config",
     "info",
     "data",
+    "fetch",
     "networks",
     "inference",
     "evaluation",
