@@ -212,25 +212,24 @@ class EncoderDecoder(nn.Module):
         return len(self.decoder.coarse_heads)
 
     def forward(self, image: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self._maps(image))
-        return logits
-
-    def scales(self, image: Tensor) -> list[Tensor]:
-        """The logits of `forward`, then those at 1/2, 1/4, … of the image's size, rounded up."""
-        scales = []
-        for level, logits in enumerate(self.decoder.scales(self._maps(image))):
-            x, y, z = (-(-size // 2**level) for size in image.shape[2:])
-            scales.append(
-                logits[:, :, :x, :y, :z]
-            )  # the rest is where a vision transformer's image was padded
-        return scales
-
-    def _maps(self, image: Tensor) -> list[Tensor]:
         image = arranged(image)
         return self.decode([image, *self.encoder(image)])
 
+    def scales(self, image: Tensor) -> list[Tensor]:
+        """The logits of `forward`, then those at 1/2, 1/4, … of the image's size, rounded up."""
+        x, y, z = image.shape[2:]
+        image, scales = arranged(image), []
+        for logits in self.decoder.scales(self._skipped([image, *self.encoder(image)])):
+            scales.append(logits[:, :, :x, :y, :z])  # beyond that a vision transformer's image was padded
+            x, y, z = (-(-size // 2) for size in (x, y, z))
+        return scales
+
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The image, as `arranged`, and the encoder's maps -> logits."""
+        logits: Tensor = self.decoder(self._skipped(maps))
+        return logits
+
+    def _skipped(self, maps: Sequence[Tensor]) -> list[Tensor]:
         checkpointing = self.decoder.checkpointing
         return [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
 
