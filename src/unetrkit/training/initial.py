@@ -26,7 +26,7 @@ from unetrkit.networks.weights_file import Weights, read_weights
 from unetrkit.training import checkpoint
 
 MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
-PATCH = 16  # voxels a side, of UNETR's grid of patches
+PATCH = 16  # voxels a side, of UNETR's grid of patches as published
 Size = tuple[int, int, int]
 NEWER = "if MONAI 1.5 or newer trained these, say `network_options.merging=full`: the file cannot tell"
 
@@ -53,7 +53,8 @@ class Initial:
 
     def match(self, network: nn.Module) -> tuple[dict[str, torch.Tensor], Audit]:
         """The weights that fit `network`, and what became of each."""
-        grid = tuple(-(-extent // PATCH) for extent in self.size) if self.size else None
+        patch = getattr(network.get_submodule("encoder.embedding"), "patch", PATCH)
+        grid = tuple(-(-extent // patch) for extent in self.size) if self.size else None
         state, audit = match(self.named, network, grid)
         notes = [NEWER] if audit.layout in SWIN_LAYOUTS and audit.options["merging"] == "published" else []
         if self.weights.beside:
