@@ -40,7 +40,7 @@ def is_left_to_torch(x: Tensor) -> bool:
     """Whether torch convolves x by a kernel of its own, not by oneDNN: see `_SmallConvolution`."""
     few = len(x) == 1 and prod(x.shape[1:4]) <= 20480  # as in its `ConvParams::use_mkldnn`
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return few and plain and not torch.compiler.is_compiling()
+    return few and plain and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 class _SmallConvolution(torch.autograd.Function):
