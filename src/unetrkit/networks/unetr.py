@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 from torch import nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, doubling
+from unetrkit.networks.blocks import Decoder, Doubling, EncoderDecoder, ResidualBlock
 from unetrkit.networks.vit import ViT, ViTSize
 
 
@@ -93,9 +93,9 @@ def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
 
 def grow(in_channels: int, out_channels: int, times: int) -> nn.Sequential:
     """A map of tokens doubled `times` times, refined after each but the first."""
-    layers: list[nn.Module] = [doubling(in_channels, out_channels)]
+    layers: list[nn.Module] = [Doubling(in_channels, out_channels)]
     for _ in range(times - 1):
-        layers += [doubling(out_channels, out_channels), ResidualBlock(out_channels, out_channels)]
+        layers += [Doubling(out_channels, out_channels), ResidualBlock(out_channels, out_channels)]
     return nn.Sequential(*layers)
 
 
