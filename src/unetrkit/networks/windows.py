@@ -49,7 +49,7 @@ class Windows:
 
 def windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Windows:
     """The windows of a grid, remembered; an axis no longer than a window is one window, and not shifted."""
-    return _remembered(_windows, grid, window, shifted, device)
+    return remembered(_windows, grid, window, shifted, device)
 
 
 def relative_index(size: Size, window: int, sliced: bool, device: torch.device) -> Tensor:
@@ -59,10 +59,11 @@ def relative_index(size: Size, window: int, sliced: bool, device: torch.device) 
     for: they cut the corner of the full window's index, by which most pairs read another displacement's row
     (98 % of them at 6 x 6 x 6). Their weights were trained so.
     """
-    return _remembered(_relative_index, size, window, sliced, device)
+    return remembered(_relative_index, size, window, sliced, device)
 
 
-def _remembered(make: Callable[..., Made], *question: object) -> Made:
+def remembered(make: Callable[..., Made], *question: object) -> Made:
+    """What `make`, a function with an `lru_cache`, answers; safe under compilers and in inference mode."""
     # what is made while a compiler looks on is not a real tensor and must not be remembered
     if torch.compiler.is_compiling():
         return make.__wrapped__(*question)  # type: ignore[attr-defined]
