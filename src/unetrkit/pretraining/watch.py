@@ -34,7 +34,7 @@ class WatchSettings(Settings):
     # a labelled store, for a linear segmentation probe on the frozen features; null: none
     probe: Path | None = None
     # patches that the probe is fitted on, and as many that it is measured on
-    probe_patches: Annotated[int, Field(ge=1, le=256)] = 16
+    probe_patches: Annotated[int, Field(ge=1, le=256)] = 24
 
 
 @dataclass(frozen=True)
