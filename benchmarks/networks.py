@@ -2,12 +2,14 @@
 
 Input n x 1 x 96 x 96 x 96, 14 classes. A row is the ratio of MONAI's time to ours: against MONAI as it comes
 (float32), and against the best of what its own switches give (`use_flash_attention`, channels_last_3d, bf16
-autocast; with `--compile` torch.compile too). Memory is a process's peak above what it had before the network
-ran, each in a process of its own. On a CPU ours runs as `unetrkit train` does, with `keep_freed_memory`;
-`--keep-for-both` gives MONAI the same.
+autocast, alone and together; with `--compile` torch.compile too). Memory is a process's peak above what it
+had before the network ran, each in a process of its own. On a CPU ours runs as `unetrkit train` does, with
+`keep_freed_memory`; `--keep-for-both` gives MONAI the same.
 
-    python benchmarks/networks.py --json networks.json          # everything, about 15 minutes on two cores
+    python benchmarks/networks.py --json networks.json          # everything, about 20 minutes on two cores
     python benchmarks/networks.py --quick                       # the tiny network's forward pass
+
+The JSON is written anew after each way: a run that is stopped leaves what it had measured.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ DEFAULT = Way("as it comes", "monai")
 SWITCHES = (
     Way("bf16", "monai", bf16=True),
     Way("flash", "monai", flash=True),
+    Way("flash, channels last", "monai", flash=True, last=True),
     Way("flash, channels last, bf16", "monai", bf16=True, flash=True, last=True),
 )
 COMPILED = Way("compiled, bf16", "monai", bf16=True, compiled=True)
@@ -145,8 +148,14 @@ def resident(which: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
-def compare(name: str, batch: int, training: bool, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows of one network, batch and phase; each way's time is taken in turn within this one process."""
+def compare(
+    name: str, batch: int, phase: str, options: argparse.Namespace, measured: list[dict[str, object]]
+) -> list[dict[str, object]]:
+    """Rows of one network, batch and phase; each way's time is taken in turn within this one process.
+
+    Each way is added to `measured` as soon as it is.
+    """
+    training = phase == "step"
     ways = [*OURS, DEFAULT, *SWITCHES, *([COMPILED] if options.compile else [])]
     if name == "unetr":  # has no such switch
         ways = [way for way in ways if way.name != "flash"]
@@ -158,15 +167,18 @@ def compare(name: str, batch: int, training: bool, options: argparse.Namespace) 
         took = seconds(Runner(pair[way.whose == "ours"], way, image, training), options.times)
         found[way] = took, memory(name, way, batch, training, options.device)
         print(f"  {way.whose:5} {way.name:28} {took:7.3f} s {found[way][1]:6.2f} GB", flush=True)
+        entry = {"network": name, "batch": batch, "phase": phase, "whose": way.whose, "way": way.name}
+        measured.append(entry | {"s": round(took, 3), "GB": round(found[way][1], 3)})
+        write(options, measured=measured)
     best = min((way for way in found if way.whose == "monai"), key=lambda way: found[way][0])
-    phase = f"{name}, {batch}x1x96^3, {'training step' if training else 'forward'}"
+    case = f"{name}, {batch}x1x96^3, {'training step' if training else 'forward'}"
     rows = []
     for own, other in product(OURS, dict.fromkeys((DEFAULT, best))):
         for place, unit in ((0, "s"), (1, "GB")):
             mine, theirs = found[own][place], found[other][place]
             rows.append(
                 {
-                    "case": f"{phase}, {own.name}, {'time' if unit == 's' else 'memory'}",
+                    "case": f"{case}, {own.name}, {'time' if unit == 's' else 'memory'}",
                     "against": f"MONAI {other.name}",
                     "ours": round(mine, 3),
                     "other": round(theirs, 3),
@@ -182,6 +194,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="the tiny network's forward pass only")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--phases", nargs="+", choices=("forward", "step"), default=("forward", "step"))
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--times", type=int, default=3)
@@ -193,30 +206,31 @@ def main() -> None:
     if options.measure_memory:
         measure_memory(options.measure_memory)
         return
-    cases = list(product(options.networks, options.batches, (False, True)))
+    cases = list(product(options.networks, options.batches, options.phases))
     if options.quick:
-        cases = [("swin_unetr_tiny", 1, False)]
-    rows = []
-    for name, batch, training in cases:
-        print(f"{name}, batch {batch}, {'training step' if training else 'forward'}", flush=True)
-        rows += compare(name, batch, training, options)
+        cases = [("swin_unetr_tiny", 1, "forward")]
+    rows: list[dict[str, object]] = []
+    measured: list[dict[str, object]] = []
+    for name, batch, phase in cases:
+        print(f"{name}, batch {batch}, {phase}", flush=True)
+        rows += compare(name, batch, phase, options, measured)
     for row in rows:
         print(f"{row['case']:68} {row['against']:34} {row['ours']:8} {row['other']:8} {row['ratio']:6}x")
-    if options.json:
-        versions = {
-            "torch": torch.__version__,
-            "monai": version("monai"),
-            "python": platform.python_version(),
-        }
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
-        machine["device"] = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        machine["capability"] = torch.backends.cpu.get_cpu_capability()
-        options.json.write_text(
-            json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1)
-        )
+    write(options, measured=measured, rows=rows)
+
+
+def write(options: argparse.Namespace, **found: list[dict[str, object]]) -> None:
+    """What was found, with the machine it was found on, to `--json`."""
+    if not options.json:
+        return
+    versions = {"torch": torch.__version__, "monai": version("monai"), "python": platform.python_version()}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    options.json.write_text(json.dumps({"machine": machine, "versions": versions, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

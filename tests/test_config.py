@@ -175,14 +175,30 @@ def test_empty_yaml_is_no_settings() -> None:
 
 
 def test_packaged_recipes_are_described_and_load() -> None:
+    import torch
+
+    from unetrkit.networks import build
     from unetrkit.training.run import TrainSettings
 
     described = dict(recipes())
-    assert {"swin_unetr_tiny", "swin_unetr_small", "swin_unetr_base", "unetr"} <= described.keys()
+    known = {"swin_unetr_tiny", "swin_unetr_small", "swin_unetr_base", "unetr", "unetr_fpn"}
+    assert known | {"primus_s", "primus_m"} <= described.keys()
     for name, description in described.items():
         assert 20 < len(description) < 110, name
         settings = load_recipe(TrainSettings, name, ["data=store"])
         assert settings.data == Path("store"), name
+        with torch.device("meta"):  # else `network_options` would first be read in a run
+            build(settings.network, 1, 14, (96, 96, 96), settings.network_options)
+
+
+def test_primus_recipes_train_as_published() -> None:
+    from unetrkit.training.run import TrainSettings
+
+    for name in ("primus_s", "primus_m"):
+        settings = load_recipe(TrainSettings, name, ["data=store"])
+        assert settings.network == name and settings.network_options == {"drop_path": 0.2}
+        assert (settings.optim.lr, settings.optim.weight_decay, settings.loop.clip) == (3e-4, 5e-2, 1)
+        assert settings.optim.warmup == settings.loop.steps // 20  # 50 of 1000 passes
 
 
 def test_the_published_loss_of_unetr_is_in_its_recipe() -> None:

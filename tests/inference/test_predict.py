@@ -18,7 +18,7 @@ from unetrkit.data.plan import Intensity, Plan
 from unetrkit.data.preprocess import preprocess
 from unetrkit.data.volume import Volume
 from unetrkit.errors import UserError
-from unetrkit.inference.cases import doubts_about
+from unetrkit.inference.cases import Choice, doubts_about
 from unetrkit.inference.model import Model
 from unetrkit.inference.predict import (
     PredictSettings,
@@ -193,7 +193,7 @@ def test_a_split_selects_cases(tmp_path, save, blocks):
     path = datalist(tmp_path, blocks, ["training", "training", "validation", "test"])
     model = save(tmp_path / "model")
     for split, names in [("training", "c0 c1"), ("validation", "c2"), ("test", "c3"), ("all", "c0 c1 c2 c3")]:
-        written = predict(path, tmp_path / split, [model], CPU, split=split)
+        written = predict(path, tmp_path / split, [model], CPU, Choice(split=split))
         assert " ".join(p.name.removesuffix(".nii.gz") for p in written) == names
 
 
@@ -202,17 +202,19 @@ def test_validation_cases_are_those_of_the_models_fold(tmp_path, save, blocks):
     names = set()
     for fold in range(5):
         model = save(tmp_path / f"model{fold}", fold=fold)
-        names |= {p.name for p in predict(path, tmp_path / f"out{fold}", [model], CPU, split="validation")}
+        names |= {
+            p.name for p in predict(path, tmp_path / f"out{fold}", [model], CPU, Choice(split="validation"))
+        }
     assert len(names) == 5
     with pytest.raises(UserError, match="different folds"):
         models = [tmp_path / "model0", tmp_path / "model1"]
-        predict(path, tmp_path / "both", models, CPU, split="validation")
+        predict(path, tmp_path / "both", models, CPU, Choice(split="validation"))
 
 
 def test_an_empty_split_is_named(tmp_path, save, blocks):
     path = datalist(tmp_path, blocks, ["training"])
     with pytest.raises(UserError, match="has no test cases among its 1"):
-        predict(path, tmp_path / "out", [save(tmp_path / "model")], CPU, split="test")
+        predict(path, tmp_path / "out", [save(tmp_path / "model")], CPU, Choice(split="test"))
 
 
 def test_scans_and_labels_are_never_overwritten(tmp_path, save, blocks):

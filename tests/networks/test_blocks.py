@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from unetrkit.networks import blocks, build
-from unetrkit.networks.blocks import Convolution, Up, folding_pays
+from unetrkit.networks.blocks import Convolution, Doubling, ResidualBlock, Up, folding_pays
+from unetrkit.networks.norm import CHANNELS_LAST
 
 
 @pytest.mark.parametrize("size", [(16, 12, 20), (10, 16, 14)])
@@ -40,6 +41,58 @@ def test_folding_is_for_maps_that_double_exactly_and_are_large() -> None:
     assert not pays((1, 8, 16, 16, 16), (1, 4, 32, 31, 32))  # cropped: its edge would see beyond
     assert not pays((1, 768, 3, 3, 3), (1, 384, 6, 6, 6))  # more weights than voxels
     assert not pays((1, 8, 1, 64, 64), (1, 4, 2, 128, 128))  # see Convolution
+
+
+@pytest.mark.parametrize("edge", [1, 0])
+@pytest.mark.parametrize("shape", [(8, 6, 5), (7, 5, 4), (3, 3, 3), (1, 4, 4)])
+def test_small_maps_by_onednn_equal_torchs_own(shape: tuple[int, int, int], edge: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Convolution(3, 5, 2 * edge + 1, padding=edge, bias=False)
+    x = torch.randn(1, 3, *shape, generator=generator).requires_grad_()
+    found = layer(x)
+    expected = torch.nn.functional.conv3d(x, layer.weight, padding=edge)
+    assert "Small" in type(found.grad_fn).__name__ and "Small" not in type(expected.grad_fn).__name__
+    gradient = torch.randn(found.shape, generator=generator)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for own, other in zip(
+        *(torch.autograd.grad(y, (x, layer.weight), gradient) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_doubling_is_the_transposed_convolution(batch: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Doubling(5, 3).double()
+    x = torch.randn(batch, 5, 3, 4, 2, dtype=torch.double, generator=generator).requires_grad_()
+    expected = torch.nn.functional.conv_transpose3d(x, layer.weight, stride=2)
+    gradient = torch.randn(expected.shape, dtype=torch.double, generator=generator)
+    results = [(y, *torch.autograd.grad(y, (x, layer.weight), gradient)) for y in (layer(x), expected)]
+    for own, other in zip(*results, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr_tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_map_on_a_cpu_is_channels_last(name: str, dtype: torch.dtype) -> None:
+    """One that is not makes each layer after it, and its gradient, several times as slow."""
+    size = {"depth": 4, "width": 24, "heads": 2} if name == "unetr" else {}
+    network = build(name, 1, 3, (64, 64, 64), size)
+    others = []
+
+    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.is_contiguous(memory_format=CHANNELS_LAST) and output.shape[1] > 1:
+            others.append(module)
+
+    for module in network.modules():
+        # on one thread torch computes 1 x 1 x 1 convolutions itself, and not channels last
+        if getattr(module, "kernel_size", None) == (1, 1, 1):
+            continue
+        if isinstance(module, (Convolution, Doubling, ResidualBlock, Up)):
+            module.register_forward_hook(look)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        network(torch.randn(1, 1, 64, 64, 64))
+    assert not others
 
 
 def test_bfloat16_gradients_do_not_depend_on_what_memory_held() -> None:

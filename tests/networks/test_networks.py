@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks import NETWORKS, build
+from unetrkit.networks import NETWORKS, build, known_options
 from unetrkit.networks.vit import ViTSize
 
 CUBE = (96, 96, 96)
@@ -115,6 +115,49 @@ def test_checkpointing_changes_neither_logits_nor_gradients(name: str) -> None:
     assert torch.equal(*outputs)
     for kept, computed in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, computed)
+
+
+SUPERVISED = [name for name in NETWORKS if "deep_supervision" in known_options(NETWORKS[name])]
+
+
+def test_every_decoder_of_a_u_can_be_supervised_deeply() -> None:
+    assert set(NETWORKS) - set(SUPERVISED) == {"primus_s", "primus_b", "primus_m", "primus_l"}
+
+
+@pytest.mark.parametrize("name", ["unetr", "unetr_fpn", "swin_unetr_tiny"])  # one of each decoder
+def test_every_head_of_deep_supervision_gets_a_gradient(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        network = quick(name, deep_supervision=2, checkpointing=checkpointing)
+        scales = network.scales(image(19, 18, 9))
+        sizes = [logits.shape for logits in scales]
+        assert sizes == [(2, 3, 19, 18, 9), (2, 3, 10, 9, 5), (2, 3, 5, 5, 3)]
+        torch.stack([logits.square().mean() for logits in scales]).sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+    for kept, computed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, computed)
+
+
+@pytest.mark.parametrize("name", ["unetr", "unetr_fpn", "swin_unetr_tiny"])  # one of each decoder
+def test_deep_supervision_adds_heads_and_changes_no_prediction(name: str) -> None:
+    deep, plain = quick(name, deep_supervision=3).eval(), quick(name).eval()
+    left, heads = plain.load_state_dict(deep.state_dict(), strict=False)
+    assert not left
+    assert heads == [f"decoder.coarse_heads.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
+    x = image(19, 18, 9)
+    with torch.no_grad():
+        expected = plain(x)
+        assert torch.equal(deep(x), expected)
+        assert torch.equal(deep.scales(x)[0], expected)
+        program = torch.export.export(deep, (x,), strict=False).module()
+        assert (program(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_coarsest_map_of_each_decoder_can_be_supervised() -> None:
+    for name, most in (("swin_unetr_tiny", 4), ("unetr_fpn", 3)):
+        sizes = [logits.shape[2:] for logits in quick(name, deep_supervision=most).scales(image(32, 32, 32))]
+        assert sizes == [(32 // 2**level,) * 3 for level in range(most + 1)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -254,6 +297,9 @@ def test_drop_path_drops_whole_branches_as_often_as_asked() -> None:
         ("unetr_fpn", {"stem": 1}, "`stem` is `1`", "type bool"),
         ("unetr_fpn", {"fpn": True}, "`fpn` is not an option of `unetr_fpn`", ""),
         ("unetr", {"patch_embedding": "convolution"}, "`patch_embedding` is `convolution`", "conv"),
+        ("unetr", {"deep_supervision": 4}, "`deep_supervision` is 4", "has 3 maps"),
+        ("swin_unetr_tiny", {"deep_supervision": -1}, "`deep_supervision` is -1", "has 4 maps"),
+        ("primus_s", {"deep_supervision": 1}, "not an option of `primus_s`", ""),
         ("unetr", {"dropout": 1}, "`dropout` is 1", "probability"),
         ("swin_unetr_base", {"feature_size": 32}, "`feature_size` is 32", "multiple of 12"),
         ("swin_unetr_base", {"merging": "publisched"}, "`merging` is `publisched`", "`published`"),

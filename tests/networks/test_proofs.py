@@ -13,7 +13,7 @@ import importlib
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
@@ -102,6 +102,24 @@ def test_small_networks_are_small() -> None:
     assert large == {}  # else these proofs take minutes: give it a line in SMALL
 
 
+class Scales(nn.Module):
+    """A network with deep supervision as an objective calls it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(self.network.scales(x)))
+
+
+def trained_apart() -> dict[str, Callable[[], nn.Module]]:
+    """What two processes train, by name."""
+    options = {**SMALL["swin"], "deep_supervision": 2}
+    deep = {"deep_supervision": lambda: Scales(built("swin_unetr_tiny", 2, 3, SIZE, **options))}
+    return {name: partial(small, name) for name in distinct()} | deep
+
+
 # two processes, as `torchrun --nproc-per-node 2`: this file runs as their program
 
 
@@ -118,7 +136,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     for text in said:
-        assert text.split() == distinct()
+        assert text.split() == list(trained_apart())
 
 
 def process(meeting: str, rank: int) -> None:
@@ -128,8 +146,9 @@ def process(meeting: str, rank: int) -> None:
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
-    for name in distinct():
-        alone = small(name).double()
+    for name, make in trained_apart().items():
+        torch.manual_seed(0)
+        alone = make().double()
         shared = nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
         both = image(batch=2).double()
         for _ in range(2):

@@ -102,13 +102,20 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_bundles(tmp_path: Path) -> None:
     folder = bundle(tmp_path / "swin")
     assert_weights(folder, "MONAI bundle, PyTorch file")
+    assert read_weights(folder).monai == (1, 4)
     for prefix, packing in (("", zipfile.ZIP_STORED), ("swin/", zipfile.ZIP_DEFLATED)):
         with zipfile.ZipFile(tmp_path / "bundle.zip", "w", packing) as archive:
             for file in folder.rglob("*.*"):
                 archive.write(file, prefix + str(file.relative_to(folder)))
         before = set(tmp_path.rglob("*"))
         assert_weights(tmp_path / "bundle.zip", "MONAI bundle, PyTorch file")
+        assert read_weights(tmp_path / "bundle.zip").monai == (1, 4)
         assert set(tmp_path.rglob("*")) == before
+    for said in ('{"monai_version": 1.4}', "[]", ""):
+        (folder / "configs/metadata.json").write_text(said)
+        assert read_weights(folder).monai == ()
+    (folder / "configs/metadata.json").unlink()
+    assert read_weights(folder).monai == ()
 
 
 @pytest.mark.parametrize("traced", [True, False])

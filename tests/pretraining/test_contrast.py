@@ -106,7 +106,7 @@ def test_two_processes_contrast_as_one_with_twice_the_batch(tmp_path: Path) -> N
         for rank in "01"
     ]
     try:
-        said = [process.communicate(timeout=100)[0] for process in processes]
+        said = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -14,6 +14,7 @@ from torch import Tensor
 from unetrkit.data.files import sha256_file
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model
+from unetrkit.networks import build
 from unetrkit.training import checkpoint
 from unetrkit.training import run as run_module
 from unetrkit.training.initial import inspect_weights, open_initial
@@ -148,8 +149,6 @@ def test_half_an_encoder_needs_to_be_allowed(store: Path, tmp_path: Path) -> Non
 
 
 def test_an_averaged_checkpoint_gives_its_average(tmp_path: Path) -> None:
-    from unetrkit.networks import build
-
     weights = build("swin_unetr_tiny", 1, 2, (32, 32, 32), {}).state_dict()
     average = {f"module.network.{name}": tensor + 1 for name, tensor in weights.items()}
     objective = {f"network.{name}": tensor for name, tensor in weights.items()}
@@ -169,3 +168,54 @@ def test_the_next_command_says_what_the_file_does_not_bring_by_itself(tmp_path: 
     found = inspect_weights(tmp_path / "my model.pt", "swin_unetr_tiny", words)
     assert len(found.audit.adapted) == 3 and len(found.audit.missing) == 2
     assert "network_options.merging=full" in found.command
+
+
+def test_heads_of_deep_supervision_are_of_training_only(store: Path, published: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = (f"init={published}", "network_options.deep_supervision=2", *ONE_STEP)
+    train(settings(store, tmp_path / "deep", *words))
+    model = load_model(tmp_path / "deep")
+    assert model.description["options"]["deep_supervision"] == 2
+    assert model.description["origin"]["init"]["encoder_share"] == 1
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.network(image), model.network.scales(image)[0])
+
+    train(settings(store, tmp_path / "plain", f"init={tmp_path / 'deep'}", *ONE_STEP, *STILL))
+    plain = load_model(tmp_path / "plain")
+    assert "deep_supervision" not in plain.description["options"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.network(image), model.network(image), rtol=0, atol=1e-5)
+    audit = inspect_weights(tmp_path / "plain", None, ["deep_supervision=2"]).audit
+    heads = [f"decoder.coarse_heads.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")]
+    assert sorted(entry.name for entry in audit.missing) == sorted(heads)
+    assert audit.encoder_share == 1 and 0.99 < audit.decoder_share < 1
+
+
+def test_a_file_brings_its_own_feature_size(tmp_path: Path) -> None:
+    small = {"feature_size": 8, "depth": 5, "width": 48, "heads": 4}
+    torch.save(build("unetr", 1, 2, (32, 32, 32), small).state_dict(), tmp_path / "unetr.pt")
+    initial = open_initial(tmp_path / "unetr.pt")
+    assert initial.options("unetr") == {"feature_size": 8}
+    assert initial.options("unetr_fpn") == {}  # another network has its own
+    torch.save(
+        build("swin_unetr_base", 1, 2, (32, 32, 32), {"feature_size": 36}).state_dict(), tmp_path / "s.pt"
+    )
+    found = inspect_weights(tmp_path / "s.pt", None, [])
+    assert found.audit.encoder_share == found.audit.decoder_share == 1
+    assert found.command == f"unetrkit train swin_unetr_base init={tmp_path / 's.pt'} data=STORE"
+
+
+def test_a_bundle_older_than_the_new_merging_leaves_no_doubt(tmp_path: Path) -> None:
+    for folder in ("configs", "models"):
+        (tmp_path / folder).mkdir()
+    torch.save(files.swin(1, 2).state_dict(), tmp_path / "models/model.pt")
+    for version, doubt in {
+        "1.4.0": "",
+        "1.10.1": "names 1.10, with which it was tested",
+        "": "cannot tell",
+    }.items():
+        (tmp_path / "configs/metadata.json").write_text(json.dumps({"monai_version": version}))
+        found = inspect_weights(tmp_path, None, [])
+        assert open_initial(tmp_path).options("swin_unetr_tiny")["merging"] == "published"
+        notes = [note for note in found.audit.notes if "merging=full" in note]
+        assert len(notes) == bool(doubt) and all(doubt in note for note in notes)

@@ -11,24 +11,19 @@ import typer
 from unetrkit.cli.about import demo, info
 from unetrkit.cli.app import app, say
 from unetrkit.cli.data import check, prepare
+from unetrkit.cli.fetch import fetch
+from unetrkit.cli.launch import launch
 from unetrkit.cli.learn import pretrain, train
 from unetrkit.cli.results import evaluate, predict
 from unetrkit.cli.study import study
 from unetrkit.errors import ExitCode, Interrupted, UserError
 from unetrkit.ranks import first_to_say
 
-for command in (
-    demo,
-    check,
-    prepare,
-    pretrain,
-    train,
-    predict,
-    evaluate,
-    study,
-    info,
-):  # as `--help` lists them
+# in the order in which `--help` lists them
+COMMANDS = (demo, fetch, check, prepare, pretrain, train, predict, evaluate, study, info)
+for command in COMMANDS:
     app.command()(command)
+app.add_typer(launch)
 
 
 def _lower(text: str) -> str:

@@ -59,5 +59,6 @@ def info(
     from unetrkit.info import describe
 
     rows = describe(what)
-    lines = (f"{name:20} {text}" for name, text in rows.items())
+    width = max(map(len, rows), default=0)
+    lines = (f"{name:{width}}  {text}" for name, text in rows.items())
     print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))

@@ -6,11 +6,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unetrkit import __version__
+
+if TYPE_CHECKING:
+    from unetrkit.data.processes import Each
 
 app = typer.Typer(
     name="unetrkit",
@@ -31,7 +34,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Outside = Annotated[
     bool, typer.Option("--allow-outside", help="Accept files outside the data list's folder.")
 ]
-CORES = os.cpu_count() or 1
+On = Annotated[
+    str | None,
+    typer.Option("--on", help="Hand out one case a task on a Ray cluster: `ray`, or its address."),
+]
+# those that this process may use: a job of a cluster has some of the machine's
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.callback()
@@ -52,6 +60,17 @@ def _show_version(asked: bool) -> None:
 def say(text: str) -> None:
     """Everything that is not data goes to stderr."""
     print(text, file=sys.stderr)
+
+
+def each_on(address: str | None, *, gpu: bool = False) -> Each:
+    """What hands out the cases: the cores of this machine, or a Ray cluster."""
+    from unetrkit.data.processes import for_each
+
+    if address is None:
+        return for_each
+    from unetrkit.deployment.ray_tasks import ray_each
+
+    return ray_each(None if address == "ray" else address, gpu=gpu)
 
 
 def quoted(path: Path) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from unetrkit.cli.app import CORES, AsJson, DataArgument, Outside, Workers, outside, quoted, say
-from unetrkit.errors import UserError
+from unetrkit.cli.app import CORES, AsJson, DataArgument, On, Outside, Workers, each_on, outside, quoted, say
+from unetrkit.errors import UserError, many
 
 
 def check(
@@ -56,6 +56,10 @@ def prepare(
     ] = False,
     workers: Workers = CORES,
     allow_outside: Outside = False,
+    part: Annotated[
+        str | None, typer.Option(help="For arrays of jobs: `plan`, then 1/16 to 16/16 at once, then `index`.")
+    ] = None,
+    on: On = None,
 ) -> None:
     """Compute the plan of a data set and write every case into a store that training reads in parts.
 
@@ -65,21 +69,33 @@ def prepare(
     """
     from unetrkit.data.datalist import cases_to_learn_from, read_dataset
     from unetrkit.data.fingerprint import make_plan
+    from unetrkit.data.parts import Part
     from unetrkit.data.plan import apply_published, override_plan, read_plan
     from unetrkit.data.prepare import prepare as prepare_store
+    from unetrkit.data.prepare import prepare_part, prepare_plan
     from unetrkit.progress import progress
 
     dataset = read_dataset(data, allow_outside=allow_outside, unlabelled=unlabelled)
-    if plan is not None:
-        chosen = read_plan(plan)
+    if part not in (None, "plan", "index"):
+        with progress("preparing") as report_progress:
+            done = prepare_part(dataset, out, Part.read(part), workers=workers, progress=report_progress)
+        say(f"part {part}: {many(done, 'case')} prepared in `{out}`; when all are: --part index")
+        return
+    each = each_on(on)
+    if plan is not None or part == "index":
+        chosen = read_plan(plan or out / "plan.json")
     else:
         with progress("planning") as report_progress:
-            chosen = make_plan(dataset, workers=workers, progress=report_progress)
+            chosen = make_plan(dataset, workers=workers, progress=report_progress, each=each)
     if published is not None:
         chosen = apply_published(chosen, published)
     chosen = override_plan(chosen, override or [])
+    if part == "plan":
+        prepare_plan(dataset, chosen, out)
+        say(f"the plan is {out / 'plan.json'}")
+        return
     with progress("preparing") as report_progress:
-        summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress)
+        summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress, each=each)
     say(f"{summary}; the plan is {out / 'plan.json'}")
     what = "train swin_unetr_tiny" if cases_to_learn_from(dataset)[0].label else "pretrain swin_heads"
     say(f"next: unetrkit {what} data={quoted(out)} out=RUN")

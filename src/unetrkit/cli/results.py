@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unetrkit.cli.app import CORES, DataArgument, Outside, Workers, outside, quoted, say
+from unetrkit.cli.app import CORES, DataArgument, On, Outside, Workers, each_on, outside, quoted, say
 from unetrkit.memory import keep_freed_memory
 
 
@@ -21,12 +21,18 @@ def predict(
     split: Annotated[str, typer.Option(help="Of a datalist: training, validation, test or all.")] = "all",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing label maps.")] = False,
     allow_outside: Outside = False,
+    part: Annotated[str | None, typer.Option(help="For arrays of jobs: 1/16 to 16/16.")] = None,
+    on: On = None,
 ) -> None:
     """Segment scans: one label map per case, on the case's own grid, with its affine and header.
+
+    The same command again goes on where it was stopped: what these models wrote stays.
 
     Example: unetrkit predict dataset.json predictions --model run --split validation
     """
     from unetrkit.config import apply_overrides
+    from unetrkit.data.parts import Part
+    from unetrkit.inference.cases import Choice
     from unetrkit.inference.predict import PredictSettings
     from unetrkit.inference.predict import predict as predict_cases
     from unetrkit.progress import progress
@@ -39,10 +45,10 @@ def predict(
             out,
             model,
             settings,
-            split=split,
+            Choice(split, Part.read(part) if part else None, allow_outside),
             overwrite=overwrite,
-            allow_outside=allow_outside,
             progress=report_progress,
+            each=None if on is None else each_on(on, gpu=settings.device != "cpu"),
         )
     say(f"wrote {len(labels)} label map{'s' * (len(labels) != 1)} in `{out}`")
     if scans.suffix in (".json", ".csv"):

@@ -85,10 +85,11 @@ def _where_instead(path: Path) -> str:
 
 
 @contextmanager
-def alone(lock: Path, otherwise: str) -> Iterator[None]:
+def alone(lock: Path, otherwise: str, *, shared: bool = False) -> Iterator[None]:
     """Holds the file `lock`, which the system releases however this process ends. Not on Windows.
 
-    Raises UserError, saying `otherwise`, where another process holds it.
+    Several may hold it `shared`, as long as nobody holds it alone.
+    Raises UserError, saying `otherwise`, where another process holds it; waits for that one if it is empty.
     """
     if os.name != "posix":
         yield
@@ -99,7 +100,8 @@ def alone(lock: Path, otherwise: str) -> Iterator[None]:
         file = open(lock, "ab")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | (fcntl.LOCK_NB if otherwise else 0))
         except BlockingIOError as error:
             raise UserError(otherwise, hint="wait until it has finished") from error
         yield

@@ -19,7 +19,7 @@ from unetrkit.data.inspection import count_labels
 from unetrkit.data.plan import Intensity, LabelClass, Plan
 from unetrkit.data.prepare import read_case
 from unetrkit.data.preprocess import foreground_box
-from unetrkit.data.processes import map_cases
+from unetrkit.data.processes import Each, for_each, map_cases
 from unetrkit.errors import UserError, many
 from unetrkit.progress import Progress
 
@@ -46,7 +46,9 @@ class Fingerprint:
     like_ct: tuple[bool, ...]  # per channel: whole numbers from -500 or below
 
 
-def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progress | None = None) -> Plan:
+def make_plan(
+    dataset: Dataset, *, workers: int | None = None, progress: Progress | None = None, each: Each = for_each
+) -> Plan:
     """The plan of a data set, from every training and validation case, each read once.
 
     spacing: the median along each axis. intensity: where a channel is CT (declared so, or not declared and
@@ -58,7 +60,7 @@ def make_plan(dataset: Dataset, *, workers: int | None = None, progress: Progres
     """
     cases = cases_to_learn_from(dataset)
     labelled = cases[0].label is not None
-    prints = map_cases(fingerprint, cases, workers, progress)
+    prints = map_cases(fingerprint, cases, workers, progress, each)
     channels = dataset.channels or tuple(f"channel {k}" for k in range(len(prints[0].samples)))
     for case, one in zip(cases, prints, strict=True):
         if len(one.samples) != len(channels):

@@ -128,6 +128,12 @@ def encode_label(label: np.ndarray, header: AnyHeader, names: Mapping[int, str],
     return gzip.compress(content, compresslevel=4, mtime=0) if compressed else content
 
 
+def encode_image(image: np.ndarray, affine: np.ndarray) -> bytes:
+    """A compressed NIfTI file of an image (x, y, z) on a grid in millimetres."""
+    content = nib.Nifti1Image(image, None, new_template(affine)).to_bytes()
+    return gzip.compress(content, compresslevel=4, mtime=0)
+
+
 def _wbits(path: Path) -> int:
     return GZIP if path.name.lower().endswith((".gz", ".mgz")) else 0
 

@@ -15,9 +15,10 @@ import numpy as np
 from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
 from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
 from unetrkit.data.geometry import reorient, same_grid
-from unetrkit.data.plan import Plan, plan_bytes
+from unetrkit.data.parts import Part
+from unetrkit.data.plan import Plan, plan_bytes, read_plan
 from unetrkit.data.preprocess import preprocess, preprocess_label
-from unetrkit.data.processes import map_cases
+from unetrkit.data.processes import Each, for_each, map_cases
 from unetrkit.data.store import (
     ARRAYS,
     CaseRecord,
@@ -57,7 +58,13 @@ class Summary:
 
 
 def prepare(
-    dataset: Dataset, plan: Plan, out: Path, *, workers: int | None = None, progress: Progress | None = None
+    dataset: Dataset,
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    each: Each = for_each,
 ) -> Summary:
     """Writes the training and validation cases, preprocessed by `plan`, into the store `out`.
 
@@ -70,6 +77,39 @@ def prepare(
     store (nothing is touched then), and where another process prepares the same store.
     """
     begin = time.monotonic()
+    cases, plan = _checked(dataset, plan, out)
+    with alone(out / LOCK, f"another process is preparing `{out}`"):
+        _begin_plan(out, plan)
+        redone = sum(map_cases(partial(prepare_case, plan=plan, out=out), cases, workers, progress, each))
+        write_index(out, dataset.name, cases)
+        removed = _remove_others(out, {case.name for case in cases})
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Summary(out, len(cases), redone, removed, size, time.monotonic() - begin)
+
+
+def prepare_plan(dataset: Dataset, plan: Plan, out: Path) -> None:
+    """Begins a store of which the parts are prepared by others. Raises UserError as `prepare` does."""
+    _, plan = _checked(dataset, plan, out)
+    with alone(out / LOCK, f"another process is preparing `{out}`"):
+        _begin_plan(out, plan)
+
+
+def prepare_part(
+    dataset: Dataset, out: Path, part: Part, *, workers: int | None = None, progress: Progress | None = None
+) -> int:
+    """Writes one part of the cases into a store that has its plan; the number of those that were not there.
+
+    Parts may run at the same time, on any machines that see `out`. `prepare` with the store's own plan
+    finishes the store: it does what a lost part left, checks every case and writes the index.
+    """
+    cases, plan = _checked(dataset, read_plan(out / "plan.json"), out)
+    with alone(out / LOCK, f"another process is preparing the whole of `{out}`", shared=True):
+        work = partial(prepare_case, plan=plan, out=out)
+        return sum(map_cases(work, part.of(cases), workers, progress))
+
+
+def _checked(dataset: Dataset, plan: Plan, out: Path) -> tuple[list[Case], Plan]:
+    """The cases that go into the store `out`, whose folder is made if there is none, and their plan."""
     cases = cases_to_learn_from(dataset)
     if cases[0].label is None:
         plan = plan.model_copy(update={"classes": (), "mirror_pairs": ()})
@@ -83,13 +123,7 @@ def prepare(
     _require_ours(out)
     with write_problems(out):
         (out / "cases").mkdir(parents=True, exist_ok=True)
-    with alone(out / LOCK, f"another process is preparing `{out}`"):
-        _begin_plan(out, plan)
-        redone = sum(map_cases(partial(prepare_case, plan=plan, out=out), cases, workers, progress))
-        write_index(out, dataset.name, cases)
-        removed = _remove_others(out, {case.name for case in cases})
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Summary(out, len(cases), redone, removed, size, time.monotonic() - begin)
+    return cases, plan
 
 
 def prepare_case(case: Case, plan: Plan, out: Path) -> bool:

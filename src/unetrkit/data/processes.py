@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from unetrkit.data.datalist import Case
 from unetrkit.errors import UserError
@@ -20,6 +20,9 @@ from unetrkit.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# what `for_each` is: (function, items, workers, name) -> (position, result) of each item as it is finished
+Each = Callable[..., Iterator[tuple[int, Any]]]
 
 MEMORY = "most likely the memory ran out: use fewer workers (`--workers 1` at the least)"
 
@@ -48,7 +51,7 @@ def for_each(
     waiting = iter(enumerate(items))
     for position, item in waiting:
         begin = time.monotonic()
-        with _named(name(item)):
+        with named(name(item)):
             result = function(item)
         seconds = time.monotonic() - begin
         yield position, result
@@ -67,7 +70,7 @@ def for_each(
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 position, item = running[future]
-                with _named(name(item)):
+                with named(name(item)):
                     result = future.result()
                 del running[future]
                 yield position, result
@@ -81,11 +84,15 @@ def for_each(
 
 
 def map_cases(
-    function: Callable[[Case], Result], cases: Sequence[Case], workers: int | None, progress: Progress | None
+    function: Callable[[Case], Result],
+    cases: Sequence[Case],
+    workers: int | None,
+    progress: Progress | None,
+    each: Each = for_each,
 ) -> list[Result]:
-    """The results of all cases, in their order, whatever the workers did."""
+    """The results of all cases, in their order, whatever the workers did; `each` says where they are."""
     results: dict[int, Result] = {}
-    for position, result in for_each(function, cases, workers, lambda case: case.name):
+    for position, result in each(function, cases, workers, lambda case: case.name):
         results[position] = result
         if progress:
             progress(len(results), len(cases), cases[position].name)
@@ -93,7 +100,7 @@ def map_cases(
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Says in a UserError which case it is about."""
     try:
         yield

@@ -18,7 +18,16 @@ from unetrkit.data.files import atomic_write
 from unetrkit.data.geometry import same_grid
 from unetrkit.data.source import FORMATS, Header, Source, file_size, refused
 
-__all__ = ["Header", "Volume", "files_of", "read_header", "read_image", "read_label", "write_label"]
+__all__ = [
+    "Header",
+    "Volume",
+    "files_of",
+    "read_header",
+    "read_image",
+    "read_label",
+    "write_image",
+    "write_label",
+]
 
 NO_LABEL = "is it the image and not the label?"
 
@@ -124,6 +133,19 @@ def write_label(path: Path, label: np.ndarray, like: Path, names: Mapping[int, s
     has_codes = like.is_file() and like.name.lower().endswith(nifti.NIFTI)
     template = nifti.template(like) if has_codes else nifti.new_template(header.affine)
     atomic_write(path, nifti.encode_label(label, template, names, path.name.lower().endswith(".gz")))
+
+
+def write_image(path: Path, volume: Volume) -> None:
+    """Writes an image of one channel as `.nii.gz`, atomically; as int16 where that changes no voxel.
+
+    The affine is rounded to float32, as NIfTI stores it.
+    """
+    from unetrkit.data import nifti
+
+    (values,) = volume.array
+    whole = np.rint(values)
+    fits = -(2**15) <= values.min() and values.max() < 2**15 and np.array_equal(whole, values)
+    atomic_write(path, nifti.encode_image(whole.astype(np.int16) if fits else values, volume.affine))
 
 
 def open_source(path: Path) -> Source:

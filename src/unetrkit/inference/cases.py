@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from unetrkit.data.datalist import Case, read_dataset, split_cases
 from unetrkit.data.layouts import ENDINGS, IMAGE_FOLDERS, stem
+from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan
 from unetrkit.errors import UserError
 from unetrkit.inference.model import Model
@@ -24,7 +26,16 @@ LABEL_LIKE = re.compile(
 SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground", "resample")
 
 
-def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outside: bool) -> list[Case]:
+@dataclass(frozen=True)
+class Choice:
+    """Which cases of a data set: of a split (training, validation, test, all), and which part of those."""
+
+    split: str = "all"
+    part: Part | None = None
+    allow_outside: bool = False
+
+
+def choose_cases(inputs: Path, choice: Choice, models: Sequence[Model]) -> list[Case]:
     """One scan (a file, or the folder of a DICOM series), or the cases of a data set's split.
 
     A folder of folders of DICOM series has a case for each. In a folder of scans, files that are named as
@@ -37,9 +48,9 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
     cases = [_scan(folder) for folder in _series_in(inputs)]
     if not cases:
         channels = len(models[0].plan.channels)
-        cases = list(read_dataset(inputs, allow_outside=allow_outside, channels=channels).cases)
+        cases = list(read_dataset(inputs, allow_outside=choice.allow_outside, channels=channels).cases)
         cases = _without_labels(inputs, cases)
-    chosen = cases
+    chosen, split = cases, choice.split
     if split == "test":
         chosen = [case for case in cases if case.split == "test"]
     elif split in ("training", "validation"):
@@ -58,7 +69,7 @@ def choose_cases(inputs: Path, split: str, models: Sequence[Model], allow_outsid
             f"`{inputs}` has no {split} cases among its {len(cases)}",
             hint="choose another `--split`: training, validation, test or all",
         )
-    return chosen
+    return list(choice.part.of(chosen)) if choice.part else chosen
 
 
 def _scan(path: Path) -> Case:

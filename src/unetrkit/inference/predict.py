@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,21 +18,22 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from unetrkit.data.datalist import Case
-from unetrkit.data.files import atomic_write, read_json, write_problems
+from unetrkit.data.files import write_problems
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Extent, Plan, Settings
 from unetrkit.data.preprocess import preprocess
+from unetrkit.data.processes import Each
 from unetrkit.data.volume import Volume, read_image, write_label
-from unetrkit.errors import UserError
-from unetrkit.inference.cases import choose_cases, doubts_about, require_free, require_one_plan
+from unetrkit.errors import UserError, many
+from unetrkit.inference.cases import Choice, choose_cases, doubts_about, require_free, require_one_plan
 from unetrkit.inference.model import Model, load_model
+from unetrkit.inference.record import Record, draft
 from unetrkit.inference.restore import restore
 from unetrkit.inference.sliding_window import Blending, Triple, scores_of, sliding_window
 from unetrkit.progress import say
 
 AXES = ("x", "y", "z")
-RECORD = "predictions.json"
-FORMAT = "unetrkit-predictions"
+ALL = Choice()
 
 
 class PredictSettings(Settings):
@@ -89,70 +91,56 @@ def predict(
     out: Path,
     models: Sequence[Path],
     settings: PredictSettings,
+    choice: Choice = ALL,
     *,
-    split: str = "all",
     overwrite: bool = False,
-    allow_outside: bool = False,
     progress: Callable[..., None] | None = None,
+    each: Each | None = None,
 ) -> list[Path]:
     """Writes OUT/<case>.nii.gz for every case of `inputs`; OUT/predictions.json says how each was made.
 
     `inputs` is one scan (a file or the folder of a DICOM series), a folder of scans, or a data list, of which
-    `split` (training, validation, test, all) is taken; validation cases are those of the models' own fold.
+    `choice` is taken; validation cases are those of the models' own fold. Parts may be done at the same time.
     `progress(done, total, note)` counts cases, the current one by the share of its windows that are done.
-    The next case is read and prepared while the network works on this one. Returns the files written.
+    The next case is read and prepared while the network works on this one; `each` (as `for_each`) does the
+    cases elsewhere, one at a time and place. Returns the files written.
 
-    Raises UserError before any work for models that differ in more than their weights, for outputs that exist
-    (`overwrite` replaces those that OUT/predictions.json lists), and for an `out` that holds inputs. A case
-    that cannot be used does not stop the others: a UserError after the last one names it.
+    The same call again goes on after an interruption: a label map that is still as these models wrote it,
+    from the same images with the same settings, stays. Raises UserError before any work for models that
+    differ in more than their weights, for other outputs that exist (`overwrite` replaces those that
+    OUT/predictions.json lists), and for an `out` that holds inputs. A case that cannot be used does not stop
+    the others: a UserError after the last one names it.
     """
-    device = _device(settings.device)
-    loaded = [load_model(path, device) for path in models]
+    loaded = [load_model(path, _device("cpu" if each else settings.device)) for path in models]
     require_one_plan(loaded, models)
-    plan = loaded[0].plan
-    cases = choose_cases(inputs, split, loaded, allow_outside)
-    record = _read_record(out / RECORD)
-    require_free(out, cases, overwrite, record)
-    with write_problems(out):
-        out.mkdir(parents=True, exist_ok=True)
+    cases = choose_cases(inputs, choice, loaded)
+    record = Record(out, shared=choice.part is not None)
     weights = [
         {"path": str(path.absolute()), "sha256": model.description["sha256"]}
         for path, model in zip(models, loaded, strict=True)
     ]
+    made = {"models": weights, "settings": settings.model_dump(mode="json")}
+    todo = [case for case in cases if overwrite or not record.holds(case, made)]
+    require_free(out, todo, overwrite, record.cases)
+    with write_problems(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if len(todo) < len(cases):
+        say(f"{many(len(cases) - len(todo), 'label map')} in `{out}` made before by the same models")
+    if each:
+        work = partial(_segment_here, models=tuple(models), settings=settings, out=out)
+        outcomes = _counted(each(work, todo, None, attrgetter("name")), todo, progress)
+    else:
+        outcomes = _segment_all(todo, loaded, settings, out, progress)
     written: list[Path] = []
     failed: dict[str, UserError] = {}
-    for index, (case, prepared) in enumerate(_prepared(cases, plan)):
-
-        def report(done: int, total: int, index: int = index, case: Case = case) -> None:
-            if progress:
-                note = f"case {index + 1}/{len(cases)} {case.name}, window {done}/{total}"
-                progress(index + done / total, len(cases), note)
-
-        start = time.monotonic()
-        path = out / f"{case.name}.nii.gz"
-        try:
-            image, grid, doubts = prepared.result()
-            for doubt in doubts:
-                say(f"warning: `{case.name}`: {doubt}")
-            networks = [model.network for model in loaded]
-            label = _labels(networks, image, grid, plan, _window(loaded, settings), settings, report)
-            write_label(path, label, case.images[0], {one.id: one.name for one in plan.classes})
-        except UserError as error:
-            failed[case.name] = error
-            if record.pop(case.name, None):  # of another model: nobody may take it for this one's
-                path.unlink(missing_ok=True)
-                _write_record(out / RECORD, record)
-            continue
-        written.append(path)
-        record[case.name] = {
-            "label": path.name,
-            "images": [str(image) for image in case.images],
-            "models": weights,
-            "settings": settings.model_dump(mode="json"),
-            "seconds": round(time.monotonic() - start, 3),
-            "peak_memory_mb": _peak_memory_mb(),
-        }
-        _write_record(out / RECORD, record)
+    for index, outcome in outcomes:
+        case = todo[index]
+        if isinstance(outcome, UserError):
+            failed[case.name] = outcome
+            record.drop(case)  # of another model: nobody may take it for this one's
+        else:
+            written.append(out / f"{case.name}.nii.gz")
+            record.add(case, made | outcome)
     if failed and len(cases) == 1:
         raise next(iter(failed.values()))
     if failed:
@@ -163,21 +151,82 @@ def predict(
 
 
 Prepared = tuple[np.ndarray, Grid, list[str]]  # image on the plan's grid, doubts that it is of its kind
+Outcome = dict[str, Any] | UserError  # what the work took, or why it could not be done
+
+
+def _segment_all(
+    cases: Sequence[Case],
+    models: Sequence[Model],
+    settings: PredictSettings,
+    out: Path,
+    progress: Callable[..., None] | None,
+) -> Iterator[tuple[int, Outcome]]:
+    """Every case in this process."""
+    for index, (case, prepared) in enumerate(_prepared(cases, models[0].plan)):
+
+        def report(done: int, total: int, index: int = index, case: Case = case) -> None:
+            if progress:
+                note = f"case {index + 1}/{len(cases)} {case.name}, window {done}/{total}"
+                progress(index + done / total, len(cases), note)
+
+        yield index, _segment(case, prepared.result, models, settings, out, report)
+
+
+def _segment_here(case: Case, models: tuple[Path, ...], settings: PredictSettings, out: Path) -> Outcome:
+    """One case in a process that does others too, and keeps the models between them."""
+    loaded = _kept_models(models, settings.device)
+    return _segment(case, lambda: _prepare(case, loaded[0].plan), loaded, settings, out)
+
+
+@lru_cache(1)
+def _kept_models(paths: tuple[Path, ...], device: str) -> list[Model]:
+    return [load_model(path, _device(device)) for path in paths]
+
+
+def _counted(
+    outcomes: Iterator[tuple[int, Outcome]], cases: Sequence[Case], progress: Callable[..., None] | None
+) -> Iterator[tuple[int, Outcome]]:
+    for done, (index, outcome) in enumerate(outcomes, 1):
+        if progress:
+            progress(done, len(cases), cases[index].name)
+        yield index, outcome
+
+
+def _segment(
+    case: Case,
+    prepared: Callable[[], Prepared],
+    models: Sequence[Model],
+    settings: PredictSettings,
+    out: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Writes the label map of a case as its draft."""
+    start, plan = time.monotonic(), models[0].plan
+    try:
+        image, grid, doubts = prepared()
+        for doubt in doubts:
+            say(f"warning: `{case.name}`: {doubt}")
+        networks = [model.network for model in models]
+        label = _labels(networks, image, grid, plan, _window(models, settings), settings, progress)
+        names = {one.id: one.name for one in plan.classes}
+        write_label(draft(out, case), label, case.images[0], names)
+    except UserError as error:
+        return error
+    return {"seconds": round(time.monotonic() - start, 3), "peak_memory_mb": _peak_memory_mb()}
+
+
+def _prepare(case: Case, plan: Plan) -> Prepared:
+    volume = read_image(case.images)
+    return *preprocess(volume, plan, f"`{case.images[0]}`"), doubts_about(volume.array, plan)
 
 
 def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[Prepared]]]:
     """Every case with its image, prepared one case ahead in a thread."""
-
-    def prepare(case: Case) -> Prepared:
-        volume = read_image(case.images)
-        return *preprocess(volume, plan, f"`{case.images[0]}`"), doubts_about(volume.array, plan)
-
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(prepare, cases[0])
-        for case, following in zip(cases, [*cases[1:], None], strict=True):
-            prepared = ahead
-            if following:
-                ahead = pool.submit(prepare, following)
+        ahead = [pool.submit(_prepare, case, plan) for case in cases[:1]]
+        for index, case in enumerate(cases):
+            prepared = ahead.pop()
+            ahead = [pool.submit(_prepare, one, plan) for one in cases[index + 1 : index + 2]]
             yield case, prepared
 
 
@@ -224,19 +273,6 @@ def _labels(
     finally:
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """The cases of an earlier prediction into the same folder; {} without one."""
-    content = read_json(path) if path.exists() else {"format": FORMAT, "cases": {}}
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
-        raise UserError(f"`{path}` is not the record of a prediction", hint="choose another folder")
-    return dict(content["cases"])
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    content = {"format": FORMAT, "version": 1, "cases": record}
-    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _device(name: str) -> torch.device:

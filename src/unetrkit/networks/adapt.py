@@ -36,7 +36,7 @@ def adapt(
     if channels is not None:
         before, after = channels
         return change_channels(weight, before, after), f"from {many(before, 'input channel')} to {after}"
-    if name.startswith("decoder.head.") and weight.shape[1:] == shape[1:]:
+    if name.startswith(("decoder.head.", "decoder.coarse_heads.")) and weight.shape[1:] == shape[1:]:
         raise ValueError(f"is for {weight.shape[0]} classes, not {shape[0]}")
     raise ValueError(OTHER)
 

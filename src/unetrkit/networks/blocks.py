@@ -9,6 +9,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from unetrkit.errors import UserError
@@ -18,7 +19,7 @@ SLOPE = 0.01  # of every LeakyReLU
 
 
 class Convolution(nn.Conv3d):
-    """A `Conv3d` whose gradient is right in bf16 on every CPU.
+    """A `Conv3d` that is right in bf16 on every CPU, and in float32 as fast for small maps as for large ones.
 
     Of a map 2 voxels long on its first axis, torch 2.13's (oneDNN 3.12) gradient of a 3 x 3 x 3 weight in
     bf16 reads memory that nobody wrote, on a processor with AVX-512 bf16 and no AMX: every run another
@@ -26,10 +27,59 @@ class Convolution(nn.Conv3d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.shape[2] == 2:
+        if x.is_cpu and x.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return super().forward(x.to(self.weight.dtype))
+                return self(x.to(self.weight.dtype))
+        if self.bias is None and is_left_to_torch(x):
+            y: Tensor = _SmallConvolution.apply(x, self.weight)
+            return y
         return super().forward(x)
+
+
+def is_left_to_torch(x: Tensor) -> bool:
+    """Whether torch convolves x by a kernel of its own, not by oneDNN: see `_SmallConvolution`."""
+    few = len(x) == 1 and prod(x.shape[1:4]) <= 20480  # as in its `ConvParams::use_mkldnn`
+    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return few and plain and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+
+
+class _SmallConvolution(torch.autograd.Function):
+    """The convolution of a single float32 map of few numbers, or of one channel, on a CPU by oneDNN.
+
+    torch leaves those to a kernel of its own: 3 to 5 times as slow, and its result is not channels last, by
+    which all that follows is slow too (LOG.md).
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        gradient = gradient.contiguous(memory_format=CHANNELS_LAST)
+        dx = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            dx = _onednn(gradient, weight.flip(2, 3, 4).transpose(0, 1))
+        # only a batch of two is given to oneDNN here: the two halves of the map, each with its edge
+        edge, odd = weight.shape[2] // 2, x.shape[2] % 2
+        half = (x.shape[2] + odd) // 2
+        x = F.pad(x, (0, 0, 0, 0, edge, edge + odd))
+        halves = arranged(torch.cat((x[:, :, : half + 2 * edge], x[:, :, half:])))
+        gradient = F.pad(gradient, (0, 0, 0, 0, 0, odd)) if odd else gradient
+        gradients = gradient.movedim(1, -1)[0].unflatten(0, (2, half)).movedim(-1, 1)  # as they lie
+        one, none = [1] * 3, [0] * 3
+        _, dweight, _ = torch.ops.aten.convolution_backward(
+            gradients, halves, weight, None, one, [0, edge, edge], one, False, none, 1, [False, True, False]
+        )
+        return dx, dweight
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.mkldnn_convolution(x, weight, None, [weight.shape[2] // 2] * 3, [1] * 3, [1] * 3, 1)
+    return y
 
 
 def conv(in_channels: int, out_channels: int, size: int) -> nn.Conv3d:
@@ -37,9 +87,22 @@ def conv(in_channels: int, out_channels: int, size: int) -> nn.Conv3d:
     return Convolution(in_channels, out_channels, size, padding=size // 2, bias=False)
 
 
-def doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
-    """Every voxel becomes 2 x 2 x 2 voxels."""
-    return nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2, bias=False)
+class Doubling(nn.ConvTranspose3d):
+    """Every voxel becomes 2 x 2 x 2 voxels.
+
+    On a CPU as what it is, a linear layer whose results are laid out as cubes: as fast as torch's own at the
+    best, and in the layout of the map whatever its size, which torch's is not (see `Convolution`).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not x.is_cpu:
+            return super().forward(x)
+        y = F.linear(x.movedim(1, -1), self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3))  # b x y z 8c
+        y = y.unflatten(4, (2, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)  # b x 2 y 2 z 2 c
+        return y.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 def check_rate(option: str, rate: float) -> None:
@@ -98,11 +161,11 @@ class Up(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.doubling = doubling(in_channels, out_channels)
+        self.doubling = Doubling(in_channels, out_channels)
         self.block = ResidualBlock(2 * out_channels, out_channels)
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
-        if folding_pays(coarse, skip):
+        if folding_pays(coarse, skip) and not (is_left_to_torch(coarse) or is_left_to_torch(skip)):
             return self.folded(coarse, skip)
         up = self.doubling(coarse)
         if up.shape[2:] != skip.shape[2:]:  # an odd size was padded at its high end on the way down
@@ -141,20 +204,45 @@ def folding_pays(coarse: Tensor, skip: Tensor) -> bool:
 
 
 class Decoder(nn.Module):
-    """From maps of `channels` channels, finest first, back to logits on the finest map's grid."""
+    """From maps of `channels` channels, finest first, back to logits on the finest map's grid.
 
-    def __init__(self, channels: Sequence[int], classes: int, *, checkpointing: bool = False) -> None:
+    deep_supervision: how many of the coarser maps on that way say logits too, in `scales`, so that a loss
+    reaches them directly. Lee et al. 2015, https://arxiv.org/abs/1409.5185
+
+    Raises UserError where there are not so many; the bottom of the U is none of them.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], classes: int, *, checkpointing: bool = False, deep_supervision: int = 0
+    ) -> None:
         super().__init__()
+        if not 0 <= deep_supervision <= len(channels) - 2:
+            hint = f"the decoder has {len(channels) - 2} maps that are coarser than the image"
+            raise UserError(f"`deep_supervision` is {deep_supervision}", hint=hint)
         self.checkpointing = checkpointing
         self.up = nn.ModuleList(Up(coarse, fine) for fine, coarse in pairwise(channels))
         self.head = nn.Conv3d(channels[0], classes, 1)
+        coarser = channels[1 : 1 + deep_supervision]
+        self.coarse_heads = nn.ModuleList(nn.Conv3d(width, classes, 1) for width in coarser)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        x = features[-1]
-        for up, skip in zip(reversed(self.up), reversed(features[:-1]), strict=True):
-            x = run(up, x, skip, checkpointing=self.checkpointing)
-        logits: Tensor = self.head(x)
-        return logits
+        return self._logits(features, [self.head])[0]
+
+    def scales(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The logits of `forward`, then those of the coarser maps."""
+        return self._logits(features, [self.head, *self.coarse_heads])
+
+    def _logits(self, features: Sequence[Tensor], heads: Sequence[nn.Module]) -> list[Tensor]:
+        x, logits = features[-1], []
+        for level in reversed(range(len(self.up))):
+            x = self.step(level, x, features)
+            if level < len(heads):
+                logits.append(heads[level](x))
+        return logits[::-1]
+
+    def step(self, level: int, x: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """The decoder's map of a level from that of the level below."""
+        return run(self.up[level], x, features[level], checkpointing=self.checkpointing)
 
 
 def arranged(image: Tensor) -> Tensor:
@@ -181,16 +269,32 @@ class EncoderDecoder(nn.Module):
         self.decoder = decoder
         initialise(self)
 
+    @property
+    def deep_supervision(self) -> int:
+        """How many coarser scales there are in `scales`."""
+        return len(self.decoder.coarse_heads)
+
     def forward(self, image: Tensor) -> Tensor:
         image = arranged(image)
         return self.decode([image, *self.encoder(image)])
 
+    def scales(self, image: Tensor) -> list[Tensor]:
+        """The logits of `forward`, then those at 1/2, 1/4, … of the image's size, rounded up."""
+        x, y, z = image.shape[2:]
+        image, scales = arranged(image), []
+        for logits in self.decoder.scales(self._skipped([image, *self.encoder(image)])):
+            scales.append(logits[:, :, :x, :y, :z])  # beyond that a vision transformer's image was padded
+            x, y, z = (-(-size // 2) for size in (x, y, z))
+        return scales
+
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The image, as `arranged`, and the encoder's maps -> logits."""
-        checkpointing = self.decoder.checkpointing
-        maps = [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
-        logits: Tensor = self.decoder(maps)
+        logits: Tensor = self.decoder(self._skipped(maps))
         return logits
+
+    def _skipped(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        checkpointing = self.decoder.checkpointing
+        return [run(skip, x, checkpointing=checkpointing) for skip, x in zip(self.skip, maps, strict=True)]
 
 
 class DropPath(nn.Module):

@@ -12,7 +12,7 @@ from unetrkit.networks.published import Named
 
 SWIN_SIZES = {12: "swin_unetr_tiny", 24: "swin_unetr_small", 48: "swin_unetr_base"}
 # how a network is trained, not what it is: not taken over from a model
-OF_TRAINING = {"checkpointing", "dropout", "drop_path"}
+OF_TRAINING = {"checkpointing", "deep_supervision", "dropout", "drop_path"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def identify(named: Named, description: Mapping[str, Any]) -> Identity:
             size = [16 * side] * 3
     return Identity(
         str(description.get("network", network)),
-        embedding.shape[1] if swin else max(1, embedding.shape[1] // 16**3),
+        description.get("in_channels", embedding.shape[1] if swin else max(1, embedding.shape[1] // 16**3)),
         None if head is None else head.shape[0],
         (size[0], size[1], size[2]) if len(size) == 3 else None,
         {name: value for name, value in options.items() if name not in OF_TRAINING},

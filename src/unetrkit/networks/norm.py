@@ -49,7 +49,7 @@ class _InstanceNorm(torch.autograd.Function):
         for rows in _rows(x):
             mean, variance = _moments(rows, x.shape[1])
             scale = (variance + EPSILON).rsqrt()
-            _affine_(rows, scale, -mean * scale)
+            _affine(rows, scale, -mean * scale, out=rows)
             scales.append(scale)
         if slope != 1:
             F.leaky_relu(x, slope, inplace=True)
@@ -64,18 +64,19 @@ class _InstanceNorm(torch.autograd.Function):
         y, *scales = ctx.saved_tensors  # type: ignore[attr-defined]
         slope: float = ctx.slope  # type: ignore[attr-defined]
         gradient = gradient.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
-        if slope == 1:
-            g, y = gradient.clone(), y.clone()
+        if slope == 1:  # both belong to others
+            g, dx, dy = gradient, torch.empty_like(gradient), torch.empty_like(y)
         else:
-            g = torch.ops.aten.leaky_relu_backward(gradient, y, slope, True)
-            y = F.leaky_relu(y, 1 / slope)
+            dx = g = torch.ops.aten.leaky_relu_backward(gradient, y, slope, True)
+            dy = y = F.leaky_relu(y, 1 / slope)
         count = prod(y.shape[2:])
-        for g_rows, y_rows, scale in zip(_rows(g), _rows(y), scales, strict=True):
+        images = zip(_rows(g), _rows(y), _rows(dx), _rows(dy), scales, strict=True)
+        for g_rows, y_rows, dx_rows, dy_rows, scale in images:
             total, along = _sums(g_rows, y_rows, len(scale))
             # scale * (g - mean(g) - y * mean(g * y))
-            _affine_(g_rows, scale, -scale * total / count)
-            _affine_(y_rows, -scale * along / count, torch.zeros_like(scale))
-        return g.add_(y), None
+            _affine(g_rows, scale, -scale * total / count, out=dx_rows)
+            _affine(y_rows, -scale * along / count, torch.zeros_like(scale), out=dy_rows)
+        return dx.add_(dy), None
 
 
 def _rows(x: Tensor) -> list[Tensor]:
@@ -98,14 +99,14 @@ def _moments(rows: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return means.mean(0).to(_wide(rows)), variance.to(_wide(rows))
 
 
-def _affine_(rows: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """rows * scale + shift, a scale and a shift for each channel, in place."""
+def _affine(rows: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """rows * scale + shift, a scale and a shift for each channel, to `out`, which may be `rows`."""
     k = rows.shape[1] // len(scale)
     zero, one = torch.zeros(k * len(scale), dtype=scale.dtype), torch.ones(k * len(scale), dtype=scale.dtype)
     unused = torch.empty(0, dtype=scale.dtype)
     torch.ops.aten.native_batch_norm.out(
         rows, scale.repeat(k), shift.repeat(k), zero, one, False, 0.0, 0.0,
-        out=rows, save_mean=unused, save_invstd=unused.clone(),
+        out=out, save_mean=unused, save_invstd=unused.clone(),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unetrkit.errors import UserError
 from unetrkit.networks.blocks import DropPath, check_rate, initialise, run
 from unetrkit.networks.vit import PatchEmbedding
-from unetrkit.networks.windows import Size, _remembered
+from unetrkit.networks.windows import Size, remembered
 
 
 def rotary(grid: Size, dim: int, device: torch.device) -> Tensor:
@@ -26,7 +26,7 @@ def rotary(grid: Size, dim: int, device: torch.device) -> Tensor:
     A third of the `dim` channels of a head turns with each axis, in pairs: pair i of the axis's dim / 6 by
     10000 ** (-i / (dim / 6)) radians per token. The table is a constant, so any grid has one.
     """
-    return _remembered(_rotary, grid, dim, device)
+    return remembered(_rotary, grid, dim, device)
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,7 @@ def swin_unetr(
     image_size: tuple[int, int, int] = (96, 96, 96),
     *,
     feature_size: int = 24,
+    deep_supervision: int = 0,
     **options: Unpack[SwinOptions],
 ) -> EncoderDecoder:
     """Swin UNETR: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
@@ -28,6 +29,7 @@ def swin_unetr(
 
     Args:
         feature_size: channels at full and half resolution, a multiple of 12; they double at each level down.
+        deep_supervision: how many coarser scales are trained too, see `Decoder`; up to 4.
         options: see `SwinOptions`.
 
     Raises:
@@ -43,6 +45,10 @@ def swin_unetr(
         nn.Identity(),
         ResidualBlock(bottom, bottom),
     ]
-    checkpointing = options.get("checkpointing", False)
-    decoder = Decoder((feature_size, *encoder.channels), classes, checkpointing=checkpointing)
+    decoder = Decoder(
+        (feature_size, *encoder.channels),
+        classes,
+        checkpointing=options.get("checkpointing", False),
+        deep_supervision=deep_supervision,
+    )
     return EncoderDecoder(encoder, skip, decoder)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 from torch import nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock, doubling
+from unetrkit.networks.blocks import Decoder, Doubling, EncoderDecoder, ResidualBlock
 from unetrkit.networks.vit import ViT, ViTSize
 
 
@@ -45,6 +45,7 @@ def unetr(
     patch_embedding: Literal["conv", "perceptron"] = "conv",
     dropout: float = 0.0,
     checkpointing: bool = False,
+    deep_supervision: int = 0,
     **size: Any,
 ) -> EncoderDecoder:
     """UNETR, as it stands with ViT-B/16: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
@@ -58,6 +59,7 @@ def unetr(
         patch_embedding: how the embedding begins, see `PatchEmbedding`.
         dropout: in the transformer.
         checkpointing: compute activations twice instead of keeping them.
+        deep_supervision: how many coarser scales are trained too, see `Decoder`; with a patch of 16 up to 3.
         size: the transformer's own options, see `ViTSize`; its taps become the skips from 1/2 down.
 
     Raises:
@@ -73,7 +75,8 @@ def unetr(
     )
     channels = decoder_channels(feature_size, encoder)
     skip = skips(in_channels, channels)
-    return EncoderDecoder(encoder, skip, Decoder(channels, classes, checkpointing=checkpointing))
+    decoder = Decoder(channels, classes, checkpointing=checkpointing, deep_supervision=deep_supervision)
+    return EncoderDecoder(encoder, skip, decoder)
 
 
 def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
@@ -90,9 +93,9 @@ def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
 
 def grow(in_channels: int, out_channels: int, times: int) -> nn.Sequential:
     """A map of tokens doubled `times` times, refined after each but the first."""
-    layers: list[nn.Module] = [doubling(in_channels, out_channels)]
+    layers: list[nn.Module] = [Doubling(in_channels, out_channels)]
     for _ in range(times - 1):
-        layers += [doubling(out_channels, out_channels), ResidualBlock(out_channels, out_channels)]
+        layers += [Doubling(out_channels, out_channels), ResidualBlock(out_channels, out_channels)]
     return nn.Sequential(*layers)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ def unetr_fpn(
     patch_embedding: Literal["conv", "perceptron"] = "conv",
     dropout: float = 0.0,
     checkpointing: bool = False,
+    deep_supervision: int = 0,
     **changes: bool,
 ) -> EncoderDecoder:
     """UNETR with any of four changes: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z), of any size.
@@ -50,7 +51,8 @@ def unetr_fpn(
     Without a change it is `unetr`; weights of what is unchanged have the same names.
 
     Args:
-        feature_size, patch_embedding, dropout, checkpointing: as in `unetr`; the study's feature size is 32.
+        feature_size, patch_embedding, dropout, checkpointing, deep_supervision: as in `unetr`; the study's
+            feature size is 32.
         changes: `stem`, see `Stem`; `light_vit`, see `LIGHT`; `skip_alignment`, see `Alignment`;
             `fpn_fusion`, see `FusingDecoder`.
 
@@ -69,7 +71,8 @@ def unetr_fpn(
     )
     channels = decoder_channels(feature_size, encoder)
     skip = skips(in_channels, channels, grow_aligned if has.skip_alignment else grow)
-    decoder = (FusingDecoder if has.fpn_fusion else Decoder)(channels, classes, checkpointing=checkpointing)
+    kind = FusingDecoder if has.fpn_fusion else Decoder
+    decoder = kind(channels, classes, checkpointing=checkpointing, deep_supervision=deep_supervision)
     return EncoderDecoder(encoder, skip, decoder)
 
 
@@ -138,17 +141,13 @@ class FusingDecoder(Decoder):
     down fused into `channels[0]` channels.
     """
 
-    def __init__(self, channels: Sequence[int], classes: int, *, checkpointing: bool = False) -> None:
-        super().__init__(channels, classes, checkpointing=checkpointing)
+    def __init__(self, channels: Sequence[int], classes: int, **options: Any) -> None:
+        super().__init__(channels, classes, **options)
         full, half, *_ = channels
         self.fusion = Fusion((half, *channels[1:-1]), full)
         self.up[0] = Up(full, full)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        image, *between, x = features
-        last, *ups = self.up
-        for up, skip in zip(reversed(ups), reversed(between), strict=True):
-            x = run(up, x, skip, checkpointing=self.checkpointing)
-        x = run(self.fusion, x, *between, checkpointing=self.checkpointing)
-        logits: Tensor = self.head(run(last, x, image, checkpointing=self.checkpointing))
-        return logits
+    def step(self, level: int, x: Tensor, features: Sequence[Tensor]) -> Tensor:
+        if level == 0:
+            x = run(self.fusion, x, *features[1:-1], checkpointing=self.checkpointing)
+        return super().step(level, x, features)

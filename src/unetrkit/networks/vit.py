@@ -224,4 +224,5 @@ class ViT(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         grid = self.grid_of(image.shape[2:])
-        return [x.transpose(1, 2).unflatten(2, grid) for x in self.encode(self.embed(image))]  # b c x y z
+        # in this order, else torch does not see of a single image that it is channels last
+        return [x.unflatten(1, grid).movedim(-1, 1) for x in self.encode(self.embed(image))]  # b c x y z

@@ -22,6 +22,7 @@ from unetrkit.networks.torchscript import read_torchscript
 AGAIN = "download it again and compare its size with the one that the publisher names"
 # in the order in which they are looked for; each was seen in a published file or a trainer's source
 CONTAINERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
+METADATA = "configs/metadata.json"  # of a MONAI bundle
 # a part of a .pt file is stored as it is; a part that unpacks to far more than the file is a bomb
 INFLATION = 16
 
@@ -56,6 +57,7 @@ class Weights:
     beside: tuple[str, ...] = ()  # what else the file holds
     # of a model of ours: its `network`, `options`, `image_size`, `in_channels`, `classes`
     description: Mapping[str, Any] = field(default_factory=dict)
+    monai: tuple[int, ...] = ()  # the version that a MONAI bundle says it was made or tested with
 
 
 def read_weights(path: Path, *, trust: bool = False) -> Weights:
@@ -71,7 +73,8 @@ def read_weights(path: Path, *, trust: bool = False) -> Weights:
         for name in ("model.pt", "model.safetensors", "model.ts"):
             if (path / "models" / name).is_file():
                 found = read_weights(path / "models" / name, trust=trust)
-                return replace(found, kind=f"MONAI bundle, {found.kind}")
+                metadata = path / METADATA
+                return _bundled(found, metadata.read_bytes() if metadata.is_file() else b"")
         hint = "give a file of weights, a MONAI bundle, a run folder, or a model folder"
         raise UserError(f"`{path}` is a folder without weights: it has no `models/model.pt`", hint=hint)
     refuse_pipe(path)
@@ -131,11 +134,18 @@ def _read_zip(file: IO[bytes], path: Path, size: int, trust: bool) -> Weights:
                 if re.fullmatch(rf"([^/]+/)?models/model\.{kind}", name):
                     inside = io.BytesIO(archive.read(name))
                     found = _read(inside, path, part.file_size, trust)
-                    return replace(found, kind=f"MONAI bundle, {found.kind}")
+                    metadata = name.removesuffix(f"models/model.{kind}") + METADATA
+                    return _bundled(found, archive.read(metadata) if metadata in parts else b"")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(f"`{path}` is damaged or cut off: {_line(error)}", hint=AGAIN) from error
     hint = "expected a file that torch.save or torch.jit.save wrote, or a MONAI bundle with `models/model.pt`"
     raise UserError(f"`{path}` is a zip archive without weights", hint=hint)
+
+
+def _bundled(found: Weights, metadata: bytes) -> Weights:
+    version = re.search(rb'"monai_version"\s*:\s*"(\d{1,4})\.(\d{1,4})', metadata)
+    monai = tuple(map(int, version.groups())) if version else ()
+    return replace(found, kind=f"MONAI bundle, {found.kind}", monai=monai)
 
 
 def _torchscript(archive: zipfile.ZipFile, file: IO[bytes], path: Path, trust: bool) -> dict[str, Tensor]:

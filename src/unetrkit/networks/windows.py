@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import log, prod
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ Made = TypeVar("Made")
 
 # scores worked on at a time on a CPU: 2 MB, a core's cache (measured: 4 windows of 343 tokens)
 SCORES = 500_000
+LOG2_E = 1 / log(2)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Windows:
 
 def windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Windows:
     """The windows of a grid, remembered; an axis no longer than a window is one window, and not shifted."""
-    return _remembered(_windows, grid, window, shifted, device)
+    return remembered(_windows, grid, window, shifted, device)
 
 
 def relative_index(size: Size, window: int, sliced: bool, device: torch.device) -> Tensor:
@@ -58,10 +59,11 @@ def relative_index(size: Size, window: int, sliced: bool, device: torch.device) 
     for: they cut the corner of the full window's index, by which most pairs read another displacement's row
     (98 % of them at 6 x 6 x 6). Their weights were trained so.
     """
-    return _remembered(_relative_index, size, window, sliced, device)
+    return remembered(_relative_index, size, window, sliced, device)
 
 
-def _remembered(make: Callable[..., Made], *question: object) -> Made:
+def remembered(make: Callable[..., Made], *question: object) -> Made:
+    """What `make`, a function with an `lru_cache`, answers; safe under compilers and in inference mode."""
     # what is made while a compiler looks on is not a real tensor and must not be remembered
     if torch.compiler.is_compiling():
         return make.__wrapped__(*question)  # type: ignore[attr-defined]
@@ -206,43 +208,49 @@ class _CpuAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        # detached: the fused kernel is refused to a mask that wants a gradient, even where none is recorded
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach()[None].to(q.dtype))
-        ctx.save_for_backward(q, k, v, bias, x)
+        # what `scaled_dot_product_attention` calls; asked itself, it gives the log of the sums too
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        x, log_sums = fused(q, k, v, attn_mask=bias.detach()[None].to(q.dtype))
+        ctx.save_for_backward(q, k, v, bias, x, log_sums)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, bias, x = ctx.saved_tensors  # type: ignore[attr-defined]
-        w, _, m, d = q.shape
+        q, k, v, bias, x, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
+        w, heads, m, d = q.shape
         n = k.shape[2]
         dtype, scale = q.dtype, d**-0.5
         # float32 under autocast too; head after head, whose bias and bias gradient then stay in the cache
-        given = (q, k, v, gradient, x)
-        q, k, v, g, x = (t.to(bias.dtype).transpose(0, 1).contiguous() for t in given)  # h w m d
-        q = q * scale
-        qt, gt = q.transpose(2, 3).contiguous(), g.transpose(2, 3).contiguous()  # h w d m
-        # a softmax's gradient subtracts a number from each row: one more column does it within the product
-        g1 = torch.cat((g, -(g * x).sum(3, keepdim=True)), dim=3)
-        v1 = F.pad(v, (0, 1), value=1.0)
-        dq, dk, dv = torch.empty_like(q), qt.new_empty(*qt.shape[:3], n), qt.new_empty(*qt.shape[:3], n)
+        given = (q, k, v, gradient, x, log_sums[..., None])
+        q, k, v, g, x, log_sums = (t.to(bias.dtype).transpose(0, 1) for t in given)  # h w m d
+        # A softmax subtracts from each row of scores the log of its sum, and its gradient another number from
+        # each row: one more column does it within the product. Powers of two, for `exp` of -inf takes 20
+        # times as long as `exp2`.
+        q1, k1 = torch.cat((q * scale, -log_sums), dim=3) * LOG2_E, F.pad(k, (0, 1), value=1.0)
+        g1, v1 = torch.cat((g, -(g * x).sum(3, keepdim=True)), dim=3), F.pad(v, (0, 1), value=1.0)
+        # with the long side last products are up to three times as fast as the other way round
+        qt, kt, gt = ((t * by).transpose(2, 3).contiguous() for t, by in ((q, scale), (k, scale), (g, 1)))
+        dq, dk, dv = torch.empty_like(qt), torch.empty_like(kt), torch.empty_like(kt)  # h w d m
         dbias = torch.zeros_like(bias)
-        step = min(w, max(1, SCORES // (m * n)))
+        bias = bias.to(dtype).to(bias.dtype) * LOG2_E  # as rounded as the forward pass had it
+        step = max(1, SCORES // (m * n))  # windows at a time: of one head, or all of several heads
         p_space, s_space = q.new_empty(2, step, m, n)
-        for h, own in enumerate(bias):
-            parts = (t[h].split(step) for t in (q, k, v1, g1, qt, gt, dq, dk, dv))
-            for qc, kc, v1c, g1c, qtc, gtc, dqc, dkc, dvc in zip(*parts, strict=True):
+        for few in torch.arange(heads).split(max(1, step // w)):
+            own = slice(int(few[0]), int(few[-1]) + 1)
+            parts = (t[own].split(step, dim=1) for t in (q1, k1, v1, g1, qt, kt, gt, dq, dk, dv))
+            for chunk in zip(*parts, strict=True):
+                qc, kc, vc, gc, qtc, ktc, gtc, dqc, dkc, dvc = (t.flatten(0, 1) for t in chunk)
                 p, s = p_space[: len(qc)], s_space[: len(qc)]
-                torch.baddbmm(own.expand_as(s), qc, kc.transpose(1, 2), out=s)
-                torch.softmax(s, dim=-1, out=p)
-                torch.bmm(g1c, v1c.transpose(1, 2), out=s)
+                torch.bmm(qc, kc.transpose(1, 2), out=p)
+                p.unflatten(0, (len(few), -1)).add_(bias[own, None])
+                p.exp2_()
+                torch.bmm(gc, vc.transpose(1, 2), out=s)
                 s *= p
-                for window in s:
-                    dbias[h] += window
-                torch.bmm(s, kc, out=dqc)
-                # with the long side last these products are three times as fast as the other way round
+                for window in s.unflatten(0, (len(few), -1)).unbind(1):
+                    dbias[own] += window
+                torch.bmm(ktc, s.transpose(1, 2), out=dqc)
                 torch.bmm(qtc, s, out=dkc)
                 torch.bmm(gtc, p, out=dvc)
-        dq = (dq * scale).transpose(0, 1).to(dtype)
-        return dq, dk.permute(1, 0, 3, 2).to(dtype), dv.permute(1, 0, 3, 2).to(dtype), dbias
+        dq, dk, dv = (t.permute(1, 0, 3, 2).to(dtype) for t in (dq, dk, dv))
+        return dq, dk, dv, dbias

@@ -24,7 +24,7 @@ from unetrkit.training.optim import OptimSettings, learning_rate
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
-FREE |= {"init_minimum", "init_trust"}
+FREE |= {"init_minimum", "init_trust", "loop.trackers"}
 
 LOCK = ".train.lock"
 

@@ -17,7 +17,7 @@ from torch import nn
 from unetrkit.config import overridden, read_recipe
 from unetrkit.data.files import read_json, read_problems, read_start, sha256_file
 from unetrkit.errors import UserError
-from unetrkit.inference.model import COPY, FILES
+from unetrkit.inference.model import COPY, FILES, PRETRAINED
 from unetrkit.networks import build
 from unetrkit.networks.audit import Audit, match
 from unetrkit.networks.identify import OF_TRAINING, Identity, identify, options_for
@@ -26,9 +26,9 @@ from unetrkit.networks.weights_file import Weights, read_weights
 from unetrkit.training import checkpoint
 
 MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
-PATCH = 16  # voxels a side, of UNETR's grid of patches
+PATCH = 16  # voxels a side, of UNETR's grid of patches as published
 Size = tuple[int, int, int]
-NEWER = "if MONAI 1.5 or newer trained these, say `network_options.merging=full`: the file cannot tell"
+NEWER = "if MONAI 1.5 or newer trained these, say `network_options.merging=full`: "
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,23 @@ class Initial:
         return self.named.options | {name: value for name, value in own.items() if name not in OF_TRAINING}
 
     def options(self, network: str) -> dict[str, Any]:
-        """What `network` must be for these weights to mean what they meant."""
-        return options_for(network, self.needs)
+        """What `network` must be for these weights to mean what they meant, and to fit."""
+        sizes = self.identity.options if network == self.identity.network else {}
+        return options_for(network, {**sizes, **self.needs})
 
     def match(self, network: nn.Module) -> tuple[dict[str, torch.Tensor], Audit]:
         """The weights that fit `network`, and what became of each."""
-        grid = tuple(-(-extent // PATCH) for extent in self.size) if self.size else None
+        patch = getattr(network.get_submodule("encoder.embedding"), "patch", PATCH)
+        grid = tuple(-(-extent // patch) for extent in self.size) if self.size else None
         state, audit = match(self.named, network, grid)
-        notes = [NEWER] if audit.layout in SWIN_LAYOUTS and audit.options["merging"] == "published" else []
+        notes, monai = [], self.weights.monai
+        old = bool(monai) and monai < (1, 5)
+        if audit.layout in SWIN_LAYOUTS and audit.options["merging"] == "published" and not old:
+            # the zoo's bundles name newer versions from year to year, and their weights stay the same
+            tested = (
+                f"the bundle names {'.'.join(map(str, monai))}, with which it was tested, perhaps trained"
+            )
+            notes = [NEWER + (tested if monai else "the file cannot tell")]
         if self.weights.beside:
             notes.append(
                 "also in the file, not read: " + ", ".join(f"`{n}`" for n in self.weights.beside[:8])
@@ -102,7 +111,10 @@ def begin(network: nn.Module, name: str, initial: Initial, minimum: float) -> Au
 
 def provenance(initial: Initial, audit: Audit, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a run remembers of the weights it began with."""
+    pretrained = initial.weights.description
+    origin = pretrained.get("origin") if pretrained.get("format") == PRETRAINED else None
     return {
+        **({"pretraining": origin} if origin else {}),
         "file": initial.weights.path.name,
         "sha256": initial.sha256,
         "layout": audit.layout,
@@ -149,12 +161,11 @@ def inspect_weights(
     image_size = _size(values.pop("image_size", None), "image_size") or size or own.image_size or (96, 96, 96)
     in_channels = _count(values.pop("in_channels", own.in_channels), "in_channels")
     classes = _count(values.pop("classes", own.classes or 2), "classes")
-    taken = own.options if name == own.network else {}
-    options = {**options_for(name, taken), **initial.options(name), **values}
+    automatic = initial.options(name)
+    options = {**automatic, **values}
     with torch.device("meta"):
         built = build(name, in_channels, classes, image_size, options)
     _, audit = initial.match(built)
-    automatic = initial.options(name)
     said = [f"network_options.{key}={value}" for key, value in options.items() if automatic.get(key) != value]
     if size:
         said.append("init_size=" + ",".join(map(str, size)))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,16 @@ DAY = 86400  # seconds
 class Metrics:
     """`metrics.jsonl`: a record per line, appended. No times: a resumed run writes the same bytes."""
 
-    def __init__(self, path: Path, upto: Mapping[str, int], mark: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        upto: Mapping[str, int],
+        mark: Mapping[str, Any] | None = None,
+        mirror: Callable[[int, str, Mapping[str, float]], None] = lambda step, event, values: None,
+    ) -> None:
         """Opens the file; what a killed process wrote after the checkpoint with `mark` is cut off.
+
+        mirror: gets every record that is written.
 
         A file that is not what `mark` says stays as metrics.jsonl.damaged; its whole records are taken over,
         those of each event to the last step `upto`.
@@ -43,7 +51,7 @@ class Metrics:
                 "whole records are taken over"
             )
         atomic_write(path, kept)
-        self._path = path
+        self._path, self._mirror = path, mirror
         self._file = open(path, "ab")
         self._bytes, self._hash = len(kept), hashlib.sha256(kept)
 
@@ -56,6 +64,7 @@ class Metrics:
             self._file.flush()
         self._bytes += len(record)
         self._hash.update(record)
+        self._mirror(step, event, values)
 
     def sync(self) -> dict[str, Any]:
         """On disk before the checkpoint that vouches for it, with the mark that this returns."""

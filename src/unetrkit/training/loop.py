@@ -27,6 +27,7 @@ from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
 from unetrkit.training.log import Metrics, Progress, Unwritten, say
 from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.trackers import Mirror, Trackers, mirrored
 
 # measures an objective after so many steps, telling its last argument how far it is
 Validate = Callable[[nn.Module, int, Callable[[str], None]], dict[str, float]]
@@ -58,6 +59,8 @@ class LoopSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # processes that load data; the batches do not depend on it
     workers: Annotated[int, Field(ge=0, le=128)] = 2
+    # where the records of metrics.jsonl go besides
+    trackers: Trackers = ()
 
 
 class Batches(Protocol):
@@ -128,12 +131,13 @@ def fit(
     patches = batches.size * settings.accumulate * this_rank().world
     with (
         Progress(course.state.step, settings.steps, patches, slow(learner)) as progress,
+        mirrored(settings.trackers, folder) as mirror,
         Interruption() as interruption,
     ):
         while True:
             start = course.state.step * settings.accumulate
             with (
-                course.metrics(saved) as metrics,
+                course.metrics(saved, mirror) as metrics,
                 explained(course.state, batches, settings, optim),
                 interruption.shielding(batches(start, last)) as stream,
             ):
@@ -274,12 +278,12 @@ class Course:
             self.state = State(**saved["state"])
         return saved
 
-    def metrics(self, saved: dict[str, Any] | None) -> Metrics:
+    def metrics(self, saved: dict[str, Any] | None, mirror: Mirror) -> Metrics:
         """The log, as far as the checkpoint knows it."""
         if not this_rank().first:
             return Unwritten()
         upto = {"training": self.state.step, "validation": self.state.validated}
-        return Metrics(self.folder / "metrics.jsonl", upto, saved and saved["log"])
+        return Metrics(self.folder / "metrics.jsonl", upto, saved and saved["log"], mirror)
 
     def keep_best(self) -> None:
         content = self._content()

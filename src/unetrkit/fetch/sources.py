@@ -1,0 +1,117 @@
+"""Which files a data set consists of, asked of those who keep them: Synapse, Zenodo, a plain address."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from unetrkit.errors import MissingExtra, UserError
+from unetrkit.fetch.catalogue import NBIA, ZENODO, Published
+from unetrkit.fetch.download import Remote, get_json
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where the archives are asked; a test names its own."""
+
+    zenodo: str = ZENODO
+    nbia: str = NBIA
+    # None: the client's own
+    synapse: str | None = None
+
+
+def remotes(data: Published, hosts: Hosts) -> list[Remote]:
+    """The archives of a data set. Raises UserError where a registration, a client or an answer is missing."""
+    if data.source == "https":
+        return [
+            Remote(urlsplit(url).path.rpartition("/")[2], partial(str, url), digest)
+            for url, digest in data.what
+        ]
+    if data.source == "zenodo":
+        return [remote for record, start in data.what for remote in _zenodo(hosts.zenodo, record, start)]
+    client = _synapse_client(data, hosts.synapse)
+    return [_synapse(data, client, entity) for entity, _ in data.what]
+
+
+def _zenodo(host: str, record: str, start: str) -> list[Remote]:
+    answer = get_json(host + record, f"the Zenodo record {record}")
+    try:
+        found = [
+            Remote(one["key"], partial(str, one["links"]["self"]), one["checksum"], one["size"])
+            for one in answer["files"]
+            if one["key"].startswith(start)
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the answer about the Zenodo record {record} has no files with checksums",
+            hint=f"look at https://zenodo.org/records/{record}",
+        ) from error
+    if not found:
+        hint = f"look at https://zenodo.org/records/{record}"
+        raise UserError(f"the Zenodo record {record} has no file `{start}…`", hint=hint)
+    return found
+
+
+def _synapse_client(data: Published, endpoint: str | None) -> Any:
+    """A client of a user who is logged in: its own library finds the token, which we never see."""
+    try:
+        import synapseclient
+        from synapseclient.core.exceptions import SynapseAuthenticationError, SynapseHTTPError
+    except ImportError as error:
+        raise MissingExtra(f"fetching `{data.name}`", "fetch") from error
+    quiet = logging.getLogger("synapseclient_silent")
+    client = synapseclient.Synapse(skip_checks=True, silent=True, cache_client=False)
+    client.logger = quiet  # it says whose account it is
+    if endpoint is not None:
+        client.setEndpoints(
+            f"{endpoint}repo/v1", f"{endpoint}auth/v1", f"{endpoint}file/v1", portalEndpoint=endpoint
+        )
+    try:
+        client.login(silent=True)
+    except (SynapseAuthenticationError, SynapseHTTPError) as error:
+        # without its words, which may hold the token
+        raise UserError(f"Synapse knows no user for `{data.name}`", hint=data.first) from error
+    return client
+
+
+def _synapse(data: Published, client: Any, entity: str) -> Remote:
+    """A file of Synapse; its address is signed for some minutes, so that it is asked for again each time."""
+    handle = _asked(data, lambda: client.restGET(f"/entity/{entity}"))["dataFileHandleId"]
+    file = {"fileHandleId": handle, "associateObjectId": entity, "associateObjectType": "FileEntity"}
+
+    def ask() -> dict[str, Any]:
+        body = {"includeFileHandles": True, "includePreSignedURLs": True, "requestedFiles": [file]}
+        answer = _asked(
+            data,
+            lambda: client.restPOST(
+                "/fileHandle/batch", body=json.dumps(body), endpoint=client.fileHandleEndpoint
+            ),
+        )["requestedFiles"][0]
+        if answer.get("failureCode"):
+            raise UserError(
+                f"Synapse does not give `{data.name}` to this user: {answer['failureCode']}", hint=data.first
+            )
+        return answer
+
+    about = ask()["fileHandle"]
+    return Remote(
+        about["fileName"],
+        lambda: ask()["preSignedURL"],
+        f"md5:{about['contentMd5']}",
+        about["contentSize"],
+    )
+
+
+def _asked(data: Published, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    from synapseclient.core.exceptions import SynapseHTTPError
+
+    try:
+        return question()
+    except SynapseHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        raise UserError(f"Synapse refuses `{data.name}`: {status}", hint=data.first) from error

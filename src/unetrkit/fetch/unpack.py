@@ -1,0 +1,163 @@
+"""Archives from elsewhere: plain files under one folder come out of them, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from unetrkit.data.files import sync_folder, write_problems
+from unetrkit.errors import UserError
+from unetrkit.fetch.download import check_space
+
+MEMBERS = 500_000  # more files than any of the data sets
+EXPANSION = 30  # times an archive's own size; CT slices shrink to a third at best
+SMALL = 100 * 2**20  # bytes that any archive may grow to
+LITTER = ("__MACOSX", ".DS_Store")
+
+
+@dataclass(frozen=True)
+class Member:
+    path: PurePosixPath
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+def unpack(archive: Path, target: Path, place: Callable[[PurePosixPath], str | None]) -> list[str]:
+    """Writes an archive's files (zip, tar, compressed tar) under `target`, and says which.
+
+    place: where a file of the archive goes under `target`, None for those that are not wanted. A file that
+    is there with its size is not written again; each appears whole or not at all. Every member is looked at
+    before the first is written: raises UserError for a path that leads out of the target, a link, a device,
+    two members for one place, more members or bytes than a data set has, and a damaged archive.
+    """
+    written = []
+    with _open(archive) as members:
+        placed = {}
+        for member in members:
+            name = place(member.path)
+            if name is None:
+                continue
+            _inside(archive, name)
+            if name.casefold() in placed:
+                raise _refused(archive, f"holds `{name}` twice")
+            placed[name.casefold()] = (name, member)
+        with write_problems(target):
+            target.mkdir(parents=True, exist_ok=True)
+        check_space(target, sum(member.size for _, member in placed.values()))
+        for name, member in placed.values():
+            path = target / name
+            if not (path.exists() and path.stat().st_size == member.size):
+                _write(archive, member, path)
+            written.append(name)
+    return written
+
+
+@contextmanager
+def _open(archive: Path) -> Iterator[list[Member]]:
+    limit = max(SMALL, EXPANSION * archive.stat().st_size)
+    with _damage(archive):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                yield _checked(archive, _zip_members(archive, file), limit)
+        else:
+            with tarfile.open(archive) as file:
+                yield _checked(archive, _tar_members(archive, file, limit), limit)
+
+
+def _checked(archive: Path, members: Iterator[Member], limit: int) -> list[Member]:
+    found: list[Member] = []
+    total = 0
+    for member in members:
+        _inside(archive, str(member.path))
+        total += member.size
+        if len(found) >= MEMBERS or total > limit:
+            raise _refused(archive, f"unpacks to more than {limit / 1e9:.1f} GB or {MEMBERS} files")
+        if not any(part in LITTER or part.startswith("._") for part in member.path.parts):
+            found.append(member)
+    return found
+
+
+def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[Member]:
+    for entry in file.infolist():
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if entry.is_dir():
+            continue
+        if kind not in (0, stat.S_IFREG):
+            raise _refused(archive, f"holds a link or a device, `{entry.filename}`")
+        if entry.flag_bits & 1:
+            raise _refused(archive, "is encrypted")
+        yield Member(PurePosixPath(entry.filename), entry.file_size, partial(file.open, entry))
+
+
+def _tar_members(archive: Path, file: tarfile.TarFile, limit: int) -> Iterator[Member]:
+    for (
+        entry
+    ) in file:  # of a compressed archive this expands everything before an entry: the bound comes first
+        if entry.offset > limit:
+            raise _refused(archive, f"unpacks to more than {limit / 1e9:.1f} GB")
+        if entry.isdir():
+            continue
+        if not entry.isreg():
+            raise _refused(archive, f"holds a link or a device, `{entry.name}`")
+        yield Member(PurePosixPath(entry.name), entry.size, partial(_extracted, file, entry))
+
+
+def _extracted(file: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
+    content = file.extractfile(entry)
+    assert content is not None  # a regular file
+    return content
+
+
+def _inside(archive: Path, name: str) -> None:
+    """Raises UserError for a name that is not of a file under the target, on any system."""
+    path = PurePosixPath(name)
+    odd = any(character in name for character in "\\:\0") or not path.parts
+    if odd or path.is_absolute() or ".." in path.parts:
+        raise _refused(archive, f"holds `{name}`, which leads out of the folder")
+
+
+def _write(archive: Path, member: Member, path: Path) -> None:
+    temporary = path.with_name(f".{path.name[:80]}.part")
+    left = member.size
+    with write_problems(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        out = open(temporary, "wb")
+    with out, member.open() as content:
+        while piece := content.read(min(2**20, left + 1)):
+            left -= len(piece)
+            if left < 0:
+                raise _refused(archive, f"holds more of `{member.path}` than it declares")
+            with write_problems(path):
+                out.write(piece)
+        with write_problems(path):
+            out.flush()
+            os.fsync(out.fileno())
+    if left:
+        raise _refused(archive, f"ends amid `{member.path}`")
+    with write_problems(path):
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _damage(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:  # Deflate64, which Windows writes
+        hint = "unpack it with 7-Zip, and give the folder to `unetrkit check`"
+        raise UserError(f"`{archive}` is compressed in a way that Python cannot read", hint=hint) from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _refused(archive, f"is damaged or no archive: {error}") from error
+
+
+def _refused(archive: Path, why: str) -> UserError:
+    return UserError(f"`{archive}` {why}", hint="nothing of it is used; remove it, and run the command again")
