@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,8 @@ def _common_options(settings: LabelEfficiencySettings, store: Store) -> dict[str
     found: dict[str, Any] | None = None
     for path in settings.init:
         initial = open_initial(path.resolve(), trust=settings.init_trust, size=settings.init_size)
-        options = initial.options(settings.network) | settings.network_options
+        needed = initial.options(settings.network) | settings.network_options
+        options = json.loads(json.dumps(needed))  # as a config.yaml has them: lists, no tuples
         if found is not None and options != found:
             message = f"`{path}` needs another network than `{settings.init[0]}`: {options}, not {found}"
             raise UserError(message, hint="make a study of each: random weights must have the same network")
