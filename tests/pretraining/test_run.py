@@ -19,6 +19,7 @@ from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
 from unetrkit.pretraining import OBJECTIVES
 from unetrkit.pretraining import run as run_module
+from unetrkit.pretraining.corruptions import generator_of_step
 from unetrkit.pretraining.run import PretrainSettings, pretrain
 from unetrkit.training.run import TrainSettings, train
 
@@ -161,10 +162,11 @@ def test_a_collapse_is_said_and_recorded(
 
         def __init__(self, inside: nn.Module) -> None:
             super().__init__()
-            self.network, self.restore = inside.network, inside.restore
+            self.network, self.restore, self.corrupt = inside.network, inside.restore, inside.corrupt
 
         def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            last = self.network.encoder(batch["image"])[-1].mean((2, 3, 4))
+            view = self.corrupt(batch["image"], generator_of_step())
+            last = self.network.encoder(view)[-1].mean((2, 3, 4))
             return {"loss": (last - torch.linspace(-1, 1, last.shape[1])).square().mean()}
 
     def build(*arguments: Any) -> nn.Module:
@@ -173,9 +175,9 @@ def test_a_collapse_is_said_and_recorded(
     monkeypatch.setitem(
         OBJECTIVES, "vit_autoencoder", type(chosen)(chosen.settings, build, {}, chosen.networks)
     )
-    more = ["loop.steps=60", "loop.validate_every=60", "optim.lr=1e-2", "optim.warmup=0", "watch.pictures=0"]
+    more = ["loop.steps=120", "loop.validate_every=120", "optim.lr=1e-2", "optim.warmup=0", "watch.pictures=0"]
     pretrain(settings("vit_autoencoder", store, tmp_path / "run", *more))
-    assert "at step 60 the features have collapsed: all crops look alike" in capsys.readouterr().err
+    assert "at step 120 the features have collapsed: all crops look alike" in capsys.readouterr().err
     assert records(tmp_path / "run", "validation")[-1]["collapsed"] == 1
 
 
@@ -188,7 +190,7 @@ def test_several_stores_are_drawn_from_by_weight(store: Path, tmp_path: Path) ->
         seen.extend(source.weight for source in sources)
         return iter(())
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="non-empty"):
         patch.setattr(run_module, "crop_batches", look)
         pretrain(both)
     assert seen == [3, 1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import BeforeValidator, Field, JsonValue
 from torch import nn
 
 from unetrkit.config import Settings, settings_from
@@ -31,11 +31,19 @@ from unetrkit.training.optim import OptimSettings
 VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's own
 
 
+# on the command line names are no list
+Stores = Annotated[
+    tuple[Path, ...],
+    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+
+
 class PretrainSettings(Settings):
     """Everything about a pre-training run; a recipe states what differs from these."""
 
     # one store that `unetrkit prepare` made, or several: `data=a,b`
-    data: Path | Annotated[tuple[Path, ...], Field(min_length=1)]
+    data: Stores
     # how often each of them is drawn from, in proportion; null: every scan as often as every other
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     # the run's folder; null: runs/OBJECTIVE-STORE
@@ -49,10 +57,6 @@ class PretrainSettings(Settings):
     optim: OptimSettings = OptimSettings()
     loop: LoopSettings = LoopSettings()
     watch: WatchSettings = WatchSettings()
-
-    @property
-    def stores(self) -> tuple[Path, ...]:
-        return self.data if isinstance(self.data, tuple) else (self.data,)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ def pretrain(settings: PretrainSettings) -> State:
         hint = nearest(objective_name, OBJECTIVES)
         raise UserError(f"`{objective_name}` is not an objective of pre-training", hint=hint)
     chosen = OBJECTIVES[objective_name]
-    stores = [Store.open(path) for path in settings.stores]
-    out = settings.out or Path("runs") / f"{objective_name}-{settings.stores[0].resolve().name}"
+    stores = [Store.open(path) for path in settings.data]
+    out = settings.out or Path("runs") / f"{objective_name}-{settings.data[0].resolve().name}"
     settings = _resolved(settings, out)
     own = settings_from(chosen.settings, settings.objective_options, "objective_options")
     splits = [split_cases(store.cases, None) for store in stores]
@@ -162,19 +166,18 @@ def pretrain(settings: PretrainSettings) -> State:
 
 def _resolved(settings: PretrainSettings, out: Path) -> PretrainSettings:
     """With absolute paths: the run goes on from anywhere."""
-    stores = tuple(path.resolve() for path in settings.stores)
     probe = settings.watch.probe and settings.watch.probe.resolve()
     watch = settings.watch.model_copy(update={"probe": probe})
-    data = stores if len(stores) > 1 else stores[0]
+    data = tuple(path.resolve() for path in settings.data)
     return settings.model_copy(update={"data": data, "out": out.resolve(), "watch": watch})
 
 
 def _weights(settings: PretrainSettings) -> Sequence[float | None]:
     if settings.weights is None:
-        return [None] * len(settings.stores)
-    if len(settings.weights) != len(settings.stores):
+        return [None] * len(settings.data)
+    if len(settings.weights) != len(settings.data):
         raise UserError(
-            f"`weights` has {len(settings.weights)} values for {len(settings.stores)} stores",
+            f"`weights` has {len(settings.weights)} values for {len(settings.data)} stores",
             hint="one for each store of `data`",
         )
     return settings.weights
