@@ -207,3 +207,22 @@ def test_the_published_loss_of_unetr_is_in_its_recipe() -> None:
 
     published = LossSettings(squared=True, smooth_numerator=0, smooth_denominator=1e-6)
     assert load_recipe(TrainSettings, "unetr", ["data=store"]).loss == published
+
+
+def test_a_recipe_of_another_command_is_named_as_one() -> None:
+    from unetrkit.pretraining.run import PretrainSettings
+    from unetrkit.training.run import TrainSettings
+
+    with pytest.raises(UserError, match="`swin_heads` is a recipe of `unetrkit pretrain`"):
+        load_recipe(TrainSettings, "swin_heads", ["data=store"])
+    with pytest.raises(UserError, match="`unetr` is a recipe of `unetrkit train`"):
+        load_recipe(PretrainSettings, "unetr", ["data=store"])
+
+
+@pytest.mark.parametrize("value", ["3", "null", "[]", "{a: 1}"])
+def test_a_list_of_stores_is_one_or_more_paths(value: str) -> None:
+    from unetrkit.pretraining.run import PretrainSettings
+
+    assert load_recipe(PretrainSettings, "swin_heads", ["data=a,b"]).data == (Path("a"), Path("b"))
+    with pytest.raises(UserError, match="`data` is"):
+        load_recipe(PretrainSettings, "swin_heads", [f"data={value}"])

@@ -16,6 +16,8 @@ from unetrkit.errors import UserError, nearest, refuse_pipe
 from unetrkit.plain_yaml import dump_yaml, parse_value, parse_yaml
 
 LARGEST_RECIPE = 64 * 2**10  # bytes
+# what a recipe names only if it is one of this command
+COMMANDS = {"objective": "pretrain", "network": "train"}
 
 
 class Settings(BaseModel):
@@ -34,7 +36,23 @@ def load_recipe(settings: type[S], recipe: str | Path, overrides: Sequence[str] 
     overrides: `section.name=value`, in order; a value is a YAML scalar, or a list as `96,96,96` or `[a, b]`.
     Raises UserError for an unknown recipe, an unknown name, a value of the wrong type, a missing setting.
     """
-    return settings_from(settings, overridden(read_recipe(recipe), overrides))
+    values = read_recipe(recipe)
+    for name, command in COMMANDS.items():
+        if name in values and name not in settings.model_fields:
+            message = f"`{recipe}` is a recipe of `unetrkit {command}`"
+            raise UserError(message, hint=f"`unetrkit {command} {recipe} …`")
+    return settings_from(settings, overridden(values, overrides))
+
+
+def listed(value: object) -> object:
+    """For a setting that is a list of names or paths: `a,b` on the command line is one text until here.
+
+    >>> listed("a,b"), listed(["a", "b"]), listed(3)
+    (('a', 'b'), ('a', 'b'), 3)
+    """
+    if isinstance(value, str):
+        return tuple(value.split(","))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def apply_overrides(settings: type[S], overrides: Sequence[str]) -> S:

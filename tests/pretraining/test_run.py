@@ -175,7 +175,13 @@ def test_a_collapse_is_said_and_recorded(
     monkeypatch.setitem(
         OBJECTIVES, "vit_autoencoder", type(chosen)(chosen.settings, build, {}, chosen.networks)
     )
-    more = ["loop.steps=120", "loop.validate_every=120", "optim.lr=1e-2", "optim.warmup=0", "watch.pictures=0"]
+    more = [
+        "loop.steps=120",
+        "loop.validate_every=120",
+        "optim.lr=1e-2",
+        "optim.warmup=0",
+        "watch.pictures=0",
+    ]
     pretrain(settings("vit_autoencoder", store, tmp_path / "run", *more))
     assert "at step 120 the features have collapsed: all crops look alike" in capsys.readouterr().err
     assert records(tmp_path / "run", "validation")[-1]["collapsed"] == 1

@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field, JsonValue
 from torch import nn
 
-from unetrkit.config import Settings, settings_from
+from unetrkit.config import Settings, listed, settings_from
 from unetrkit.data.crops import Crops, CropSettings, Source, crop_batches
 from unetrkit.data.folds import split_cases
 from unetrkit.data.store import Store, StoredCase
@@ -34,7 +34,7 @@ VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's
 # on the command line names are no list
 Stores = Annotated[
     tuple[Path, ...],
-    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    BeforeValidator(listed),
     Field(min_length=1),
 ]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from unetrkit.config import flatten, read_recipe
+from unetrkit.config import flatten, listed, read_recipe
 from unetrkit.data.files import atomic_write
 from unetrkit.errors import MissingExtra
 from unetrkit.training.log import say
@@ -25,7 +25,7 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 # on the command line names are no list
 Trackers = Annotated[
     tuple[TrackerName, ...],
-    BeforeValidator(lambda value: tuple(value.split(",") if isinstance(value, str) else value)),
+    BeforeValidator(listed),
     Field(description="tensorboard, mlflow, wandb, or several: `loop.trackers=tensorboard,wandb`"),
 ]
 Mirror = Callable[[int, str, Mapping[str, float]], None]  # step, event, values
