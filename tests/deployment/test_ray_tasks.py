@@ -21,7 +21,7 @@ from unetrkit.deployment.ray_tasks import ray_each
 from unetrkit.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
-CASES = 10
+CASES = 6
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parents[1])])
+    os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs here stops the test
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
@@ -64,10 +65,10 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
     from ray_counting import counted
 
     each = ray_each(cluster.address)
-    victim = next(node for node in cluster.list_all_nodes() if node.node_id != cluster.head_node.node_id)
+    victim = next(iter(cluster.worker_nodes))
 
     def kill() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while len(list(log.glob("finished *"))) < 3 and time.monotonic() < end:
             time.sleep(0.02)
         cluster.remove_node(victim, allow_graceful=False)
