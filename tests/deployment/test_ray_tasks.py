@@ -20,7 +20,7 @@ from unetrkit.data.plan import override_plan
 from unetrkit.deployment.ray_tasks import ray_each
 from unetrkit.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # ray warns about itself
 CASES = 6
 
 
