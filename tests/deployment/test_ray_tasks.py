@@ -20,8 +20,8 @@ from unetrkit.data.plan import override_plan
 from unetrkit.deployment.ray_tasks import ray_each
 from unetrkit.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # ray's own
-CASES = 10
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # ray warns about itself
+CASES = 6
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parents[1])])
+    os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs here stops the test
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
@@ -59,18 +60,22 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     preparation.prepare(dataset, plan, whole, workers=1)
     log.mkdir()
-    import ray
-
     from ray_counting import counted
 
     each = ray_each(cluster.address)
-    victim = next(node for node in cluster.list_all_nodes() if node.node_id != cluster.head_node.node_id)
+    nodes = {node.node_id: node for node in cluster.worker_nodes}
+
+    def in_hand() -> list[str]:
+        """The nodes that have begun a case and not finished it."""
+        ended = {path.name.split()[3] for path in log.glob("finished *")}
+        return [path.name.split()[1] for path in log.glob("begun *") if path.name.split()[3] not in ended]
 
     def kill() -> None:
-        end = time.monotonic() + 60
-        while len(list(log.glob("finished *"))) < 3 and time.monotonic() < end:
+        end = time.monotonic() + 200
+        while len(list(log.glob("finished *"))) < 2 or not in_hand():
+            assert time.monotonic() < end
             time.sleep(0.02)
-        cluster.remove_node(victim, allow_graceful=False)
+        cluster.remove_node(nodes[in_hand()[-1]], allow_graceful=False)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -83,11 +88,12 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
         each=lambda function, *rest: each(partial(counted, function, log=log), *rest),
     )
     killer.join()
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 2  # the head and the one that is left
+    assert len(cluster.worker_nodes) == 1
     begun = [path.name.split()[-1] for path in log.glob("begun *")]
-    finished = [path.name.split()[-2] for path in log.glob("finished *")]
-    assert sorted(finished) == sorted(case.name for case in dataset.cases), "each case finished once"
-    assert len(begun) - CASES in (0, 1), "only what the machine had in hand was begun again"
+    # a process may outlive its node by a moment and write its case: the second time it is found there
+    finished = [path.name.split()[-2] for path in log.glob("finished * True")]
+    assert sorted(finished) == sorted(case.name for case in dataset.cases), "each case written once"
+    assert len(begun) == CASES + 1, "only what the machine had in hand was begun again"
     assert (summary.cases, seen[-1]) == (CASES, (CASES, CASES))
     files = [f.relative_to(whole) for f in whole.rglob("*") if f.is_file()]
     assert all((whole / f).read_bytes() == (out / f).read_bytes() for f in files)

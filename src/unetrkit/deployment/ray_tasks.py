@@ -34,13 +34,14 @@ def ray_each(address: str | None, *, gpu: bool = False) -> Each:
         name: Callable[[Item], str] = str,
     ) -> Iterator[tuple[int, Any]]:
         """As `for_each`; the cluster says how many `workers` there are, also when it grows amid the work."""
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_call)
+        shared = ray.put(function)  # with what it carries, such as the plan
         waiting = iter(enumerate(items))
         running: dict[Any, tuple[int, Item]] = {}
         try:
             while True:
                 while len(running) < 2 * _places(ray) and (entry := next(waiting, None)):
-                    running[task.remote(entry[1])] = entry
+                    running[task.remote(shared, entry[1])] = entry
                 if not running:
                     return
                 for reference in ray.wait(list(running), timeout=1)[0]:
@@ -54,6 +55,11 @@ def ray_each(address: str | None, *, gpu: bool = False) -> Each:
                 ray.cancel(reference)
 
     return each
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    """What a task is: ray takes no `partial`."""
+    return function(item)
 
 
 def require_ray() -> Any:
