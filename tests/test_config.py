@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from unetrkit.config import Settings, load_recipe, recipes, to_yaml
+from unetrkit.config import Settings, load_recipe, read_recipe, recipes, settings_from, to_yaml
 from unetrkit.errors import UserError
 from unetrkit.plain_yaml import parse_value, parse_yaml
 
@@ -178,6 +178,8 @@ def test_packaged_recipes_are_described_and_load() -> None:
     import torch
 
     from unetrkit.networks import build
+    from unetrkit.pretraining import OBJECTIVES
+    from unetrkit.pretraining.run import PretrainSettings
     from unetrkit.training.run import TrainSettings
 
     described = dict(recipes())
@@ -185,10 +187,37 @@ def test_packaged_recipes_are_described_and_load() -> None:
     assert known | {"primus_s", "primus_m"} <= described.keys()
     for name, description in described.items():
         assert 20 < len(description) < 110, name
+        if "objective" in read_recipe(name):
+            pretraining = load_recipe(PretrainSettings, name, ["data=store"])
+            assert pretraining.data == (Path("store"),), name
+            chosen = OBJECTIVES[pretraining.objective]
+            own = settings_from(chosen.settings, pretraining.objective_options)
+            size = pretraining.crops.patch_size or (96, 96, 96)
+            with torch.device("meta"):
+                chosen.build(1, size, pretraining.network_options, own)
+            continue
         settings = load_recipe(TrainSettings, name, ["data=store"])
         assert settings.data == Path("store"), name
         with torch.device("meta"):  # else `network_options` would first be read in a run
             build(settings.network, 1, 14, (96, 96, 96), settings.network_options)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("swin_heads_5050ct", "swin_heads"),
+        ("vit_autoencoder_tcia_covid19", "vit_autoencoder"),
+        ("disruptive_autoencoder_50k", "disruptive_autoencoder"),
+    ],
+)
+def test_published_pre_training_is_the_published_form(name: str, objective: str) -> None:
+    from unetrkit.pretraining import OBJECTIVES
+    from unetrkit.pretraining.run import PretrainSettings
+
+    settings = load_recipe(PretrainSettings, name)
+    assert settings.objective == objective
+    assert settings.objective_options == OBJECTIVES[objective].published
+    assert settings.crops.centre == "anywhere"
 
 
 def test_primus_recipes_train_as_published() -> None:
