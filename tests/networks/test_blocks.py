@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from unetrkit.networks import blocks, build
-from unetrkit.networks.blocks import Convolution, Doubling, ResidualBlock, Up, folding_pays
+from unetrkit.networks.blocks import ResidualBlock, Up, folding_pays
+from unetrkit.networks.convolution import Convolution, Doubling
 from unetrkit.networks.norm import CHANNELS_LAST
 
 

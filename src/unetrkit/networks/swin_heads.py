@@ -13,7 +13,8 @@ from typing import Any, Literal, Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import SLOPE, EncoderDecoder, conv, initialise
+from unetrkit.networks.blocks import SLOPE, EncoderDecoder, initialise
+from unetrkit.networks.convolution import conv
 from unetrkit.networks.norm import instance_norm_
 from unetrkit.networks.swin import SwinEncoder, SwinOptions
 from unetrkit.networks.swin_unetr import swin_unetr

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_type_hints
 from torch import nn
 
 from unetrkit.errors import UserError
-from unetrkit.networks.blocks import Decoder, Doubling, EncoderDecoder, ResidualBlock
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, ResidualBlock
+from unetrkit.networks.convolution import Doubling
 from unetrkit.networks.vit import ViT, ViTSize
 
 

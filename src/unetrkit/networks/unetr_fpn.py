@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unetrkit.networks.blocks import Decoder, EncoderDecoder, Up, conv, run
+from unetrkit.networks.blocks import Decoder, EncoderDecoder, Up, run
+from unetrkit.networks.convolution import conv
 from unetrkit.networks.norm import instance_norm_
 from unetrkit.networks.unetr import decoder_channels, grow, skips, takes
 from unetrkit.networks.vit import ViT, ViTSize

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from unetrkit.config import Settings
 from unetrkit.networks import build_pretraining
-from unetrkit.networks.blocks import EncoderDecoder, arranged
+from unetrkit.networks.blocks import EncoderDecoder
+from unetrkit.networks.convolution import arranged
 from unetrkit.networks.swin import SwinEncoder
 from unetrkit.pretraining.contrast import gathered
 from unetrkit.pretraining.corruptions import add_noise, coarsen, draw_seed, generator_of_step
