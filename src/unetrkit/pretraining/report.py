@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ FIGURES = {
 PICTURES = 3  # of all those of a run: the first, one in the middle, the last
 
 
-def write_report(out: Path) -> Path:
-    """Writes the report of the run in `out` and returns its path; all pictures are inside."""
+def write_report(out: Path, before: Mapping[str, float]) -> Path:
+    """Writes the report of the run in `out` and returns its path; all pictures are inside.
+
+    before: the figures of the untrained features.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -39,6 +43,7 @@ def write_report(out: Path) -> Path:
         run=out.name,
         description=read_json(out / "model" / "model.json"),
         first=validated[0],
+        before=before,
         last=validated[-1],
         best=min(validated, key=lambda record: _loss(record)),
         curves=figures.panels_figure(_panels(records)),

@@ -122,6 +122,7 @@ def pretrain(settings: PretrainSettings) -> State:
     device = device_of(settings.loop.device)
     before = measure_features(objective.to(device).eval(), fixed)
     watch = Watch(fixed, out, settings.watch.pictures, probe, before)
+    untrained = before._asdict() | watch.probed(objective)
 
     def export(subject: nn.Module, state: State) -> None:
         description = {
@@ -155,10 +156,11 @@ def pretrain(settings: PretrainSettings) -> State:
         about=(
             f"{objective_name}, {parameters / 1e6:.1f} M weights, on {len(seen)} scans, watched on "
             f"{len(held)}, in {out}",
+            "before training: " + ", ".join(f"{name} {value:.3g}" for name, value in untrained.items()),
         ),
     )
     state = carry_out(job, out)
-    report = write_report(out)
+    report = write_report(out, untrained)
     say(f"look at {report}")
     say(f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE")
     return state

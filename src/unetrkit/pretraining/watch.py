@@ -63,13 +63,18 @@ class Watch:
             say(f"warning: at step {step} the features have collapsed: {reason}")
             say("hint: a lower `optim.lr`, a longer `optim.warmup`, more crops in a batch, another objective")
         figures = totals | now._asdict() | {"collapsed": float(bool(reason))}
-        if self.probe is not None:
-            show("validating: the linear probe")
-            encoder = objective.get_submodule("network.encoder")
-            figures["probe_dice"] = self.probe.dice(encoder, _device(objective))
+        show("validating: the linear probe")
+        figures |= self.probed(objective)
         if self.pictures:
             self._draw(objective, step, totals["loss"])
         return figures
+
+    def probed(self, objective: nn.Module) -> dict[str, float]:
+        """`probe_dice`, where there is a probe."""
+        if self.probe is None:
+            return {}
+        encoder = objective.get_submodule("network.encoder")
+        return {"probe_dice": self.probe.dice(encoder, _device(objective))}
 
     def _draw(self, objective: nn.Module, step: int, loss: float) -> None:
         parts: list[dict[str, Tensor]] = []
