@@ -115,6 +115,43 @@ def test_the_exported_model_predicts_what_was_validated(store: Path, whole: Path
     assert best["dice"] == pytest.approx(sum(scores.values()) / 2, abs=1e-3)
 
 
+def test_a_network_that_sees_patches_enlarged_is_validated_and_predicts_at_that_scale(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unetrkit.data.volume import read_image
+    from unetrkit.inference.predict import PredictSettings, predict_label
+    from unetrkit.networks.blocks import EncoderDecoder
+
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    forward = EncoderDecoder.forward
+
+    def watched(self: EncoderDecoder, image: torch.Tensor) -> torch.Tensor:
+        seen.setdefault("training" if self.training else "validation", set()).add(tuple(image.shape[2:]))
+        return forward(self, image)
+
+    monkeypatch.setattr(EncoderDecoder, "forward", watched)
+    sizes = ["sampling.patch_size=16,16,16", "sampling.network_size=32,48,32"]
+    train(settings(store, tmp_path / "run", *sizes, "loop.steps=2"))
+    assert seen == {"training": {(32, 48, 32)}, "validation": {(32, 48, 32)}}
+    model = load_model(tmp_path / "run")
+    assert model.window == (16, 16, 16) and model.description["image_size"] == [32, 48, 32]
+
+    case = next(case for case in Store.open(store).cases if case.split == "validation")
+    how = PredictSettings(overlap=0, device="cpu", blending="constant")
+    found = predict_label([model], read_image(case.images), how)
+    image = torch.from_numpy(case.whole_image())
+    by_hand = torch.empty(3, *image.shape[1:])
+    assert image.shape[1:] == (32, 32, 32)  # 2 x 2 x 2 windows, nothing to blend
+    for x, y, z in ((x, y, z) for x in (0, 16) for y in (0, 16) for z in (0, 16)):
+        place = (slice(None), slice(x, x + 16), slice(y, y + 16), slice(z, z + 16))
+        window = torch.nn.functional.interpolate(image[place][None], (32, 48, 32), mode="trilinear")
+        with torch.no_grad():
+            logits = forward(model.network.network, window)
+        by_hand[place] = torch.nn.functional.interpolate(logits, (16, 16, 16), mode="trilinear")[0]
+    expected = torch.tensor([0, 3, 7])[by_hand.argmax(0)].numpy()[::-1, ::-1]  # the file's axes: L, P, S
+    assert np.mean(found == expected) > 0.999 and len(np.unique(expected)) > 1
+
+
 @pytest.mark.parametrize("more", [["loop.workers=2"], ["loop.amp=bf16"]], ids=["workers", "bf16"])
 def test_a_run_goes_on_bitwise_where_the_same_command_stopped(
     store: Path, whole: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,7 @@ class PredictSettings(Settings):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     blending: Blending = "gaussian"
     mirrors: tuple[Literal["x", "y", "z"], ...] = ()
-    # None: the size the model was trained on
+    # None: the patch that the model was trained on; another is seen at the same scale
     window: tuple[Extent, Extent, Extent] | None = None
     window_batch: Annotated[int, Field(ge=1)] = 1
     amp: Literal["off", "bf16"] = "off"
@@ -83,7 +83,7 @@ def predict_label(models: Sequence[Model], volume: Volume, settings: PredictSett
     """
     image, grid = preprocess(volume, models[0].plan)
     networks = [model.network for model in models]
-    return _labels(networks, image, grid, models[0].plan, _window(models, settings), settings)
+    return _labels(networks, image, grid, models[0].plan, settings.window or models[0].window, settings)
 
 
 def predict(
@@ -207,7 +207,7 @@ def _segment(
         for doubt in doubts:
             say(f"warning: `{case.name}`: {doubt}")
         networks = [model.network for model in models]
-        label = _labels(networks, image, grid, plan, _window(models, settings), settings, progress)
+        label = _labels(networks, image, grid, plan, settings.window or models[0].window, settings, progress)
         names = {one.id: one.name for one in plan.classes}
         write_label(draft(out, case), label, case.images[0], names)
     except UserError as error:
@@ -228,10 +228,6 @@ def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[
             prepared = ahead.pop()
             ahead = [pool.submit(_prepare, one, plan) for one in cases[index + 1 : index + 2]]
             yield case, prepared
-
-
-def _window(models: Sequence[Model], settings: PredictSettings) -> Triple:
-    return settings.window or tuple(models[0].description["image_size"])
 
 
 def _labels(

@@ -22,6 +22,7 @@ from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
+from unetrkit.networks.scaled import seen_as
 from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
 from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
@@ -120,6 +121,7 @@ def train(settings: TrainSettings) -> State:
     training, validation = split_cases(store.cases, settings.fold)
     training = first_cases(training, settings.cases)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
+    seen = settings.sampling.network_size or patch
     torch.manual_seed(settings.loop.seed)
     begun, initial, options = _begun_with(out), None, dict(settings.network_options)
     if init is not None and begun is None:
@@ -127,7 +129,7 @@ def train(settings: TrainSettings) -> State:
         options = initial.options(settings.network) | options
     elif begun is not None:
         options = begun["options"] | options
-    network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
+    network = build(settings.network, len(plan.channels), len(plan.classes), seen, options)
     about: list[str] = []
     if initial is not None:
         audit = begin(network, settings.network, initial, settings.init_minimum)
@@ -149,7 +151,8 @@ def train(settings: TrainSettings) -> State:
             out / "model",
             objective.get_submodule("network"),
             name=settings.network,
-            image_size=patch,
+            image_size=seen,
+            patch_size=patch,
             options=options,
             plan=plan,
             origin={"run": out.name, "fold": settings.fold, "step": state.best_step} | state.best | origin,
@@ -159,9 +162,11 @@ def train(settings: TrainSettings) -> State:
         settings,
         settings.loop,
         settings.optim,
-        Segmentation(network, settings.loss),
+        Segmentation(network, settings.loss, settings.sampling.network_size),
         Patches(settings.data, tuple(case.name for case in training), settings),
-        validate=lambda objective, step, show: measure(objective.get_submodule("network"), show),
+        validate=lambda objective, step, show: measure(
+            seen_as(objective.get_submodule("network"), patch, seen), show
+        ),
         better="dice",
         export=export,
         load=load_model,
