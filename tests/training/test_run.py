@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +26,14 @@ from unetrkit.data.prepare import prepare
 from unetrkit.data.store import Store
 from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
+from unetrkit.memory import peak_memory
+from unetrkit.training import folder as folder_module
 from unetrkit.training import run as run_module
 from unetrkit.training.folder import LOCK
-from unetrkit.training.run import Patches, TrainSettings, train
+from unetrkit.training.guards import space_of
+from unetrkit.training.learner import build_learner
+from unetrkit.training.log import duration
+from unetrkit.training.run import Patches, TrainSettings, job_of, train
 
 SMALL = [
     "network=swin_unetr_tiny",
@@ -312,6 +319,62 @@ def test_a_label_that_changed_its_grid_since_it_was_prepared_is_named(store: Pat
     measure = Validation(opened.plan, [], PredictSettings())
     with pytest.raises(UserError, match=r"changed\.nii\.gz` is not on the grid .*32x32x31 instead of"):
         measure._truth(replace(opened.cases[0], label_file=changed))
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
+    store: Path, whole: Path, tmp_path: Path, unetrkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    original = folder_module.take_step
+
+    def slow(learner, stream, step, *how):
+        taken.append(step)
+        time.sleep((0.9, 0.5, 0.5)[step])  # the first step of a run is no measure
+        return original(learner, stream, step, *how)
+
+    monkeypatch.setattr(folder_module, "take_step", slow)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{}\n")
+    words = [*SMALL, f"data={store}", "loop.steps=7200", "loop.validate_every=1000", "loop.ema=0.99"]
+    for out in (tmp_path / "run", whole):
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        outcome = unetrkit("train", recipe, *words, f"out={out}", "--dry-run")
+        assert outcome.code == 0, outcome.err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert not (tmp_path / "run").exists() and taken == [0, 1, 2] * 2
+    about, taking, sizes = outcome.err.splitlines()
+    assert about.startswith("swin_unetr_tiny on 3 cases, validated on 1, in ")
+    each = float(re.match(r"time: (\S+) s a step, (\d+ h \d+ min) in all, and 8 validations$", taking)[1])
+    assert 0.5 < each < 5 and f"{duration(7200 * each)[:3]}" in taking
+    memory, disk = re.match(r"memory: (\S+) GB of the computer's; disk: (\S+) GB$", sizes).groups()
+    assert float(memory) * 1e9 == pytest.approx(peak_memory(), rel=0.05)
+    weights = (whole / "model/weights.safetensors").stat().st_size
+    assert float(disk) * 1e9 == pytest.approx((4 * 4 + 1) * weights, rel=0.02)
+
+
+def test_what_a_run_leaves_is_no_more_than_a_dry_run_says(store: Path, whole: Path) -> None:
+    job = job_of(settings(store, whole))
+    said = space_of(build_learner(job.objective, job.loop, job.optim))
+    left = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    assert (
+        0.7 * said < left < said
+    )  # 3 checkpoints of the 4 that are there while one is written, and the model
+
+
+def test_a_broken_case_ends_a_run_which_then_goes_on_without_it(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "store"
+    shutil.copytree(store, broken)
+    name = next(case.name for case in Store.open(store).cases if case.split == "training")
+    for file in (broken / "cases" / name).glob("*.chunks"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"/cases/{name}/.* is damaged"):
+        train(settings(broken, tmp_path / "run"))
+    train(settings(broken, tmp_path / "run", "sampling.skip_broken=true"))
+    assert capsys.readouterr().err.count("the next case takes its place") == 1
 
 
 def test_scans_without_labels_cannot_be_trained_on(store: Path, tmp_path: Path) -> None:

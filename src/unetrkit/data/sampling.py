@@ -46,6 +46,8 @@ class SamplingSettings(Settings):
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     # the class of a foreground centre: uniform among the classes of the case, instead of by voxel count
     class_balanced: bool = False
+    # a case that cannot be read: the next takes its place, which is said, instead of an error
+    skip_broken: bool = False
 
 
 def generator_for(seed: int, *counters: int) -> torch.Generator:

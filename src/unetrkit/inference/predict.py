@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +28,7 @@ from unetrkit.inference.model import Model, load_model
 from unetrkit.inference.record import Record, draft
 from unetrkit.inference.restore import restore
 from unetrkit.inference.sliding_window import Blending, Triple, scores_of, sliding_window
+from unetrkit.memory import peak_memory, was_too_small
 from unetrkit.progress import say
 
 AXES = ("x", "y", "z")
@@ -212,7 +211,8 @@ def _segment(
         write_label(draft(out, case), label, case.images[0], names)
     except UserError as error:
         return error
-    return {"seconds": round(time.monotonic() - start, 3), "peak_memory_mb": _peak_memory_mb()}
+    peak = peak_memory()
+    return {"seconds": round(time.monotonic() - start, 3), "peak_memory_mb": peak and peak // 2**20}
 
 
 def _prepare(case: Case, plan: Plan) -> Prepared:
@@ -258,9 +258,7 @@ def _labels(
             network.eval()
         return restore(slabs, grid, [label_class.id for label_class in plan.classes])
     except (RuntimeError, MemoryError) as error:
-        # torch's allocator of main memory has no exception of its own
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not re.search("not enough memory|can't allocate memory", str(error)):
+        if not was_too_small(error):
             raise
         raise UserError(
             f"not enough memory for windows of {window} voxels",
@@ -282,13 +280,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"`device` is `{name}`, but torch finds {found} GPUs", hint="device=auto")
     return device
-
-
-def _peak_memory_mb() -> int | None:
-    """The most memory that this process has had so far; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

@@ -74,6 +74,10 @@ class Numbered:
             self.sources, self.settings, seed=self.seed, steps=steps, workers=self.workers, rank=this_rank()
         )
 
+    @property
+    def lower(self) -> tuple[str, str]:
+        return "crops.batch_size", "crops.patch_size"
+
     def cases(self, number: int) -> list[str]:
         return Crops(self.sources, self.settings, self.seed, this_rank()).cases(number)
 
@@ -85,6 +89,15 @@ def pretrain(settings: PretrainSettings) -> State:
     best weights by the loss on fixed crops of the validation cases, pictures of what is restored, and
     report.html. Raises UserError for what the user can correct and Interrupted for Ctrl-C or SIGTERM.
     """
+    job = job_of(settings)
+    state = carry_out(job)
+    say(f"look at {write_report(job.out)}")
+    say(job.after)
+    return state
+
+
+def job_of(settings: PretrainSettings) -> Job:
+    """What `pretrain` carries out; nothing is written yet. Raises UserError for what the user can correct."""
     objective_name = settings.objective
     if objective_name not in OBJECTIVES:
         hint = nearest(objective_name, OBJECTIVES)
@@ -132,8 +145,9 @@ def pretrain(settings: PretrainSettings) -> State:
 
     seen, held = ([case for split in splits for case in split[side]] for side in (0, 1))
     parameters = sum(weight.numel() for weight in network.parameters())
-    job = Job(
+    return Job(
         settings,
+        out,
         settings.loop,
         settings.optim,
         objective,
@@ -152,12 +166,8 @@ def pretrain(settings: PretrainSettings) -> State:
             f"{objective_name}, {parameters / 1e6:.1f} M weights, on {len(seen)} scans, watched on "
             f"{len(held)}, in {out}",
         ),
+        after=f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE",
     )
-    state = carry_out(job, out)
-    report = write_report(out)
-    say(f"look at {report}")
-    say(f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE")
-    return state
 
 
 def _resolved(settings: PretrainSettings, out: Path) -> PretrainSettings:

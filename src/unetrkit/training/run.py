@@ -15,8 +15,8 @@ from unetrkit.config import Settings
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.files import read_json
 from unetrkit.data.folds import first_cases, split_cases
-from unetrkit.data.loader import batches
-from unetrkit.data.sampling import SamplingSettings, case_at
+from unetrkit.data.loader import Steps, batches
+from unetrkit.data.sampling import SamplingSettings
 from unetrkit.data.store import Store
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
@@ -89,12 +89,14 @@ class Patches:
             rank=this_rank(),
         )
 
+    @property
+    def lower(self) -> tuple[str, str]:
+        sampling = self.settings.sampling
+        return "sampling.batch_size", f"sampling.{'network' if sampling.network_size else 'patch'}_size"
+
     def cases(self, number: int) -> list[str]:
-        sampling, seed, rank = self.settings.sampling, self.settings.loop.seed, this_rank()
-        first = (number * rank.world + rank.rank) * sampling.batch_size
-        stop = first + sampling.batch_size
-        positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
-        return [self.names[case_at(seed, position, len(self.names))] for position in positions]
+        how, seed = self.settings, self.settings.loop.seed
+        return Steps(self.store, self.names, how.sampling, how.augment, seed, this_rank()).cases(number)
 
 
 def train(settings: TrainSettings) -> State:
@@ -107,6 +109,14 @@ def train(settings: TrainSettings) -> State:
     `last` and `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError
     for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
+    job = job_of(settings)
+    state = carry_out(job)
+    say(job.after)
+    return state
+
+
+def job_of(settings: TrainSettings) -> Job:
+    """What `train` carries out; nothing is written yet. Raises UserError for what the user can correct."""
     store = Store.open(settings.data)
     if not store.plan.classes:
         raise UserError(
@@ -158,8 +168,9 @@ def train(settings: TrainSettings) -> State:
             origin={"run": out.name, "fold": settings.fold, "step": state.best_step} | state.best | origin,
         )
 
-    job = Job(
+    return Job(
         settings,
+        out,
         settings.loop,
         settings.optim,
         Segmentation(network, settings.loss, settings.sampling.network_size),
@@ -178,10 +189,8 @@ def train(settings: TrainSettings) -> State:
             **origin,
         },
         about=(f"{settings.network} on {cases}, in {out}", *about),
+        after=f"next: unetrkit predict SCANS PREDICTIONS --model {out}",
     )
-    state = carry_out(job, out)
-    say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
-    return state
 
 
 def _begun_with(out: Path) -> dict[str, Any] | None:
