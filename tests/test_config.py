@@ -230,6 +230,18 @@ def test_primus_recipes_train_as_published() -> None:
         assert settings.optim.warmup == settings.loop.steps // 20  # 50 of 1000 passes
 
 
+def test_the_recipe_of_the_azure_example_states_its_flags() -> None:
+    from unetrkit.training.run import TrainSettings
+
+    settings = load_recipe(TrainSettings, "azure_swin_unetr", ["data=store"])
+    sampling, loop, passes = settings.sampling, settings.loop, 24
+    assert settings.network == "swin_unetr_base" and settings.network_options == {"checkpointing": True}
+    assert (sampling.patch_size, sampling.network_size) == ((128,) * 3, (256,) * 3)
+    assert (sampling.batch_size, sampling.patches_per_case) == (1, 1)
+    assert (settings.optim.lr, settings.optim.warmup, loop.amp) == (1e-3, 50 * passes, "off")
+    assert (loop.steps, loop.validate_every) == (1000 * passes, 5 * passes)
+
+
 def test_the_published_loss_of_unetr_is_in_its_recipe() -> None:
     from unetrkit.training.losses import LossSettings
     from unetrkit.training.run import TrainSettings

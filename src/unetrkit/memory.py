@@ -1,12 +1,33 @@
-"""What the C library does with freed memory: a network on a CPU gets back the same pages at every layer."""
+"""Memory: that it was too small, how much was needed, and what the C library does with what is freed."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def was_too_small(error: BaseException) -> bool:
+    """Whether it says that a GPU's memory or the computer's was too small."""
+    import torch
+
+    # torch's allocator of main memory has no exception of its own
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    words = "DefaultCPUAllocator|not enough memory|can't allocate memory"
+    return known or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+
+
+def peak_memory() -> int | None:
+    """Bytes: the most that this process has had so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

@@ -61,7 +61,7 @@ def test_a_crop_is_of_the_case_that_it_says(sources):
         wholes += [case.whole_image()[0] for case in Store.open(source.store).cases]
     made = Crops(tuple(sources), CropSettings(batch_size=3, crops_per_case=2), seed=5)
     for step in range(6):
-        batch = made[step]
+        batch, _ = made[step]
         numbers = batch["case"].tolist()
         for image, number in zip(batch["image"][:, 0].numpy(), numbers, strict=True):
             windows = np.lib.stride_tricks.sliding_window_view(wholes[number], image.shape)
@@ -209,9 +209,30 @@ def test_an_error_of_a_worker_keeps_its_hint(sources, monkeypatch):
         raise UserError("the disk is gone", hint="plug it in")
 
     monkeypatch.setattr(StoredCase, "image", fail)
-    with pytest.raises(UserError, match=r"^the disk is gone$") as caught:
+    with pytest.raises(UserError, match=r"^case `case\d`: the disk is gone$") as caught:
         run(sources, 3, workers=1)
     assert caught.value.hint == "plug it in"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_scan_of_a_store_takes_the_place_of_one_that_cannot_be_read(tmp_path, capsys, workers):
+    store = small_store(tmp_path, cases=3)
+    for file in (store / "cases" / "case1").glob("*.chunks"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    source = [Source(store, ("case0", "case1", "case2"))]
+    settings = CropSettings(batch_size=3, skip_broken=True)
+    found = list(crop_batches(source, settings, seed=0, steps=range(8), workers=workers))
+    drawn = {n for batch in found for n in batch["case"].tolist()}
+    made, twos = Crops(tuple(source), settings, seed=0), sum((b["case"] == 2).sum() for b in found)
+    meant = [made._place(step, i)[1] for step in range(8) for i in range(3)]
+    assert drawn == {0, 2} and twos == meant.count(1) + meant.count(2)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "cases/case1/" in said and "the next case takes its place" in said
+    settings = settings.model_copy(update={"skip_broken": False})
+    with pytest.raises(UserError, match=r"cases/case1/.* is damaged"):
+        list(crop_batches(source, settings, seed=0, steps=range(8), workers=workers))
 
 
 def test_crops_never_read_labels(sources, monkeypatch):
@@ -221,8 +242,8 @@ def test_crops_never_read_labels(sources, monkeypatch):
 
 def test_crops_survive_being_sent_to_a_new_process(sources):
     crops = Crops(tuple(sources), CropSettings(), seed=0)
-    first = crops[3]
-    same([pickle.loads(pickle.dumps(crops))[3]], [first])
+    first, _ = crops[3]
+    same([pickle.loads(pickle.dumps(crops))[3][0]], [first])
 
 
 def test_settings_are_strict():

@@ -145,25 +145,69 @@ def test_hint_of_a_worker_arrives(store, monkeypatch):
         raise UserError("the disk is gone", hint="plug it in")
 
     monkeypatch.setattr(StoredCase, "image", fail)
-    with pytest.raises(UserError, match=r"^the disk is gone$") as caught:
+    with pytest.raises(UserError, match=r"^case `case\d`: the disk is gone$") as caught:
         run(store, 3, workers=1)
     assert caught.value.hint == "plug it in"
 
 
 def test_programming_error_in_a_worker_keeps_its_traceback(store, monkeypatch):
     monkeypatch.setattr(StoredCase, "image", lambda self, start, size: 1 / 0)
-    with pytest.raises(ZeroDivisionError, match="in _batch"):
-        run(store, 3, workers=1)
+    with pytest.raises(ZeroDivisionError, match=r"(?s)in _batch.*while case `case4` was read"):
+        run(store, 3, workers=1, cases=["case4"])
+
+
+def damage(store, name):
+    """Flips the last byte of each chunk file of a case: whatever is read of it is found to be damaged."""
+    for file in (store / "cases" / name).glob("*.chunks"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_next_case_takes_the_place_of_one_that_cannot_be_read(store, tmp_path, capsys, workers):
+    whole, broken = store, small_store(tmp_path)
+    damage(broken, "case1")
+    damage(broken, "case2")
+    found = run(broken, 12, batch_size=3, workers=workers, skip_broken=True)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(
+        "is damaged" in line and "the next case takes its place" in line for line in said
+    )
+    assert sorted(name for name in NAMES for line in said if f"/{name}/" in line) == ["case1", "case2"]
+    # what is drawn of case 3 in their place is what would be drawn of it where it is the case of that patch
+    three = run(whole, 12, batch_size=3, cases=["case3"])
+    steps, numbers = Steps(whole, tuple(NAMES), SamplingSettings(batch_size=3), STRONG, seed=0), set()
+    for step, (ours, all_, instead) in enumerate(
+        zip(found, run(whole, 12, batch_size=3), three, strict=True)
+    ):
+        for i in range(3):
+            number = steps._case(step, i)
+            expected = instead if number in (1, 2) else all_
+            assert torch.equal(ours["image"][i], expected["image"][i])
+            assert torch.equal(ours["label"][i], expected["label"][i])
+            numbers.add(number)
+    assert numbers == set(range(5))
+    with pytest.raises(UserError, match=r"case[12]/.* is damaged"):
+        run(broken, 12, batch_size=3, workers=workers)
+
+
+def test_where_no_case_can_be_read_that_is_the_error(tmp_path):
+    store = small_store(tmp_path, cases=2)
+    for name in NAMES[:2]:
+        damage(store, name)
+    with pytest.raises(UserError, match="none of the cases can be read"):
+        run(store, 2, cases=NAMES[:2], skip_broken=True)
 
 
 def test_killed_worker_is_a_message(store, monkeypatch):
     monkeypatch.setattr(StoredCase, "image", lambda self, start, size: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a process that loads data ended") as caught:
-        run(store, 3, workers=1)
+    with pytest.raises(UserError, match="a process that loads data ended, at one of `case4`: ") as caught:
+        run(store, 3, workers=1, cases=["case4"])
     assert "fewer workers" in caught.value.hint
 
 
 def test_steps_survive_being_sent_to_a_new_process(store):
     steps = Steps(store, tuple(NAMES), SamplingSettings(), STRONG, seed=0)
-    first = steps[3]
-    same([pickle.loads(pickle.dumps(steps))[3]], [first])
+    first, _ = steps[3]
+    same([pickle.loads(pickle.dumps(steps))[3][0]], [first])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -45,6 +46,17 @@ def test_a_saved_model_gives_the_same_logits(tmp_path, plan):
 def test_a_run_folder_gives_its_model(tmp_path, plan):
     save_tiny(tmp_path / "run" / "model", plan)
     assert load_model(tmp_path / "run").plan == plan
+
+
+def test_a_model_of_before_patch_sizes_is_read_and_cuts_what_it_sees(tmp_path, plan):
+    save_tiny(tmp_path / "model", plan)
+    file = tmp_path / "model" / "model.json"
+    content = json.loads(file.read_text())
+    del content["patch_size"]
+    unsealed = json.dumps(content | {"seal": ""})
+    seal = hashlib.sha256(unsealed.encode()).hexdigest()
+    file.write_text(json.dumps(content | {"seal": seal}))
+    assert load_model(tmp_path / "model").window == SIZE
 
 
 def test_saving_again_replaces_the_model(tmp_path, plan):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
+from unetrkit.inference import sliding_window as sliding_window_module
 from unetrkit.inference.sliding_window import importance_map, scores_of, sliding_window, window_starts
 
 
@@ -144,18 +145,43 @@ def test_bf16_is_close_and_adds_up_in_float32():
     assert 0 < difference < 0.05
 
 
-def test_too_little_memory_halves_the_batch():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_halves_the_batch_for_good_and_says_so_once(error, capsys):
     sizes = []
+    sliding_window_module._say_once.cache_clear()
 
     def score(windows: Tensor) -> Tensor:
         sizes.append(len(windows))
-        if len(windows) > 1:
-            raise torch.OutOfMemoryError("full")
+        if len(windows) > 2:
+            raise error
         return windows
 
-    image = torch.randn(1, 16, 32, 32)
-    assert torch.allclose(whole(sliding_window(score, image, (16, 16, 16), overlap=0, window_batch=4)), image)
-    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    image = torch.randn(1, 32, 32, 48)
+    for _ in range(2):
+        slabs = sliding_window(score, image, (16, 16, 16), overlap=0, window_batch=5)
+        assert torch.allclose(whole(slabs), image)
+    assert sizes == 2 * [5, 2, 2, 2, 2, 2, 2]  # 6 windows at each of two places of x
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the memory is too small for `window_batch`: going on with 2 at a time"
+    ]
+
+
+def test_other_errors_and_one_window_too_many_are_passed_on():
+    for error in (RuntimeError("shape"), torch.OutOfMemoryError("full")):
+
+        def score(windows: Tensor, error: Exception = error) -> Tensor:
+            raise error
+
+        batch = 1 if isinstance(error, torch.OutOfMemoryError) else 4
+        with pytest.raises(type(error), match=str(error)):
+            list(sliding_window(score, torch.randn(1, 32, 32, 32), (16, 16, 16), window_batch=batch))
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -20,7 +20,8 @@ from unetrkit.inference.model import load_model
 from unetrkit.pretraining import OBJECTIVES
 from unetrkit.pretraining import run as run_module
 from unetrkit.pretraining.corruptions import generator_of_step
-from unetrkit.pretraining.run import PretrainSettings, pretrain
+from unetrkit.pretraining.run import PretrainSettings, job_of, pretrain
+from unetrkit.training.folder import rehearse
 from unetrkit.training.run import TrainSettings, train
 
 SMALL = [
@@ -220,4 +221,15 @@ def test_what_is_wrong_is_said_before_a_folder_is_made(
         pretrain(settings("swin_heads", store, tmp_path / "run", *words))
     assert message in found.value.message
     assert hint in found.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_takes_three_steps_and_writes_nothing(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = job_of(settings("vit_autoencoder", store, tmp_path / "run"))
+    assert job.batches.lower == ("crops.batch_size", "crops.patch_size")
+    rehearse(job)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == job.about[0] and said[1].startswith("time: ") and "2 validations" in said[1]
     assert not (tmp_path / "run").exists()

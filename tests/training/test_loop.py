@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from tests.training.tiny import OPTIM, Cubes, measure, objective, run
 from torch import nn
 
 from unetrkit.errors import Interrupted, UserError
+from unetrkit.memory import peak_memory
 from unetrkit.training import checkpoint
 from unetrkit.training.loop import LoopSettings
 
@@ -314,8 +317,18 @@ def test_too_little_memory_names_what_to_lower_and_other_errors_stay(tmp_path: P
     with pytest.raises(UserError, match=f"the computer's memory is too small for step {moment}") as found:
         run(tmp_path / "a", loop(), Cubes(before=at(moment, lambda: torch.empty(2**50))))
     assert "`sampling.batch_size=1` with `loop.accumulate=2`" in found.value.hint
+    assert "a smaller `sampling.patch_size`" in found.value.hint
+    used = float(re.search(r"until then it took (\S+) GB$", found.value.message)[1]) * 1e9
+    assert used == pytest.approx(peak_memory(), rel=0.01)
     with pytest.raises(RuntimeError, match="shape"):
         run(tmp_path / "b", loop(), Cubes(before=at(moment, lambda: torch.empty(6).view(4))))
+
+
+def test_too_little_memory_for_one_crop_names_the_settings_of_crops(tmp_path: Path) -> None:
+    crops = Cubes(1, at(0, lambda: torch.empty(2**50)), ("crops.batch_size", "crops.patch_size"))
+    with pytest.raises(UserError, match="memory is too small") as found:
+        run(tmp_path, loop(), crops)
+    assert "a smaller `crops.patch_size`" in found.value.hint and "batch_size" not in found.value.hint
 
 
 def test_clipping_bounds_the_gradient(tmp_path: Path) -> None:
@@ -338,6 +351,24 @@ def test_a_disk_that_is_full_is_said_before_the_first_step(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(UserError, match="GB free, and checkpoints need"):
         run(tmp_path, loop())
+
+
+@pytest.mark.parametrize("moment", [7, 13])
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(tmp_path: Path, moment: int) -> None:
+    run(tmp_path / "whole", loop())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = Cubes(before=at(moment, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))))
+    try:
+        with pytest.raises(UserError, match="cannot write") as found:
+            run(tmp_path / "run", loop(), full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free some space" in found.value.hint
+    assert checkpoint.load(tmp_path / "run" / "last")["state"]["step"] == moment // 5 * 5
+    assert checkpoint.load(tmp_path / "run" / "best")["state"]["step"] == moment // 6 * 6
+    assert not any(path.name.endswith((".tmp", ".new")) for path in (tmp_path / "run").iterdir())
+    run(tmp_path / "run", loop())
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

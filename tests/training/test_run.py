@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +26,14 @@ from unetrkit.data.prepare import prepare
 from unetrkit.data.store import Store
 from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
+from unetrkit.memory import peak_memory
+from unetrkit.training import folder as folder_module
 from unetrkit.training import run as run_module
 from unetrkit.training.folder import LOCK
-from unetrkit.training.run import Patches, TrainSettings, train
+from unetrkit.training.guards import space_of
+from unetrkit.training.learner import build_learner
+from unetrkit.training.log import duration
+from unetrkit.training.run import Patches, TrainSettings, job_of, train
 
 SMALL = [
     "network=swin_unetr_tiny",
@@ -113,6 +120,43 @@ def test_the_exported_model_predicts_what_was_validated(store: Path, whole: Path
     found = predict_label([load_model(whole)], read_image(case.images), how)
     scores = dice_scores(read_label(case.label_file).array[0], found, [3, 7])
     assert best["dice"] == pytest.approx(sum(scores.values()) / 2, abs=1e-3)
+
+
+def test_a_network_that_sees_patches_enlarged_is_validated_and_predicts_at_that_scale(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unetrkit.data.volume import read_image
+    from unetrkit.inference.predict import PredictSettings, predict_label
+    from unetrkit.networks.blocks import EncoderDecoder
+
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    forward = EncoderDecoder.forward
+
+    def watched(self: EncoderDecoder, image: torch.Tensor) -> torch.Tensor:
+        seen.setdefault("training" if self.training else "validation", set()).add(tuple(image.shape[2:]))
+        return forward(self, image)
+
+    monkeypatch.setattr(EncoderDecoder, "forward", watched)
+    sizes = ["sampling.patch_size=16,16,16", "sampling.network_size=32,48,32"]
+    train(settings(store, tmp_path / "run", *sizes, "loop.steps=2"))
+    assert seen == {"training": {(32, 48, 32)}, "validation": {(32, 48, 32)}}
+    model = load_model(tmp_path / "run")
+    assert model.window == (16, 16, 16) and model.description["image_size"] == [32, 48, 32]
+
+    case = next(case for case in Store.open(store).cases if case.split == "validation")
+    how = PredictSettings(overlap=0, device="cpu", blending="constant")
+    found = predict_label([model], read_image(case.images), how)
+    image = torch.from_numpy(case.whole_image())
+    by_hand = torch.empty(3, *image.shape[1:])
+    assert image.shape[1:] == (32, 32, 32)  # 2 x 2 x 2 windows, nothing to blend
+    for x, y, z in ((x, y, z) for x in (0, 16) for y in (0, 16) for z in (0, 16)):
+        place = (slice(None), slice(x, x + 16), slice(y, y + 16), slice(z, z + 16))
+        window = torch.nn.functional.interpolate(image[place][None], (32, 48, 32), mode="trilinear")
+        with torch.no_grad():
+            logits = forward(model.network.network, window)
+        by_hand[place] = torch.nn.functional.interpolate(logits, (16, 16, 16), mode="trilinear")[0]
+    expected = torch.tensor([0, 3, 7])[by_hand.argmax(0)].numpy()[::-1, ::-1]  # the file's axes: L, P, S
+    assert np.mean(found == expected) > 0.999 and len(np.unique(expected)) > 1
 
 
 @pytest.mark.parametrize("more", [["loop.workers=2"], ["loop.amp=bf16"]], ids=["workers", "bf16"])
@@ -275,6 +319,62 @@ def test_a_label_that_changed_its_grid_since_it_was_prepared_is_named(store: Pat
     measure = Validation(opened.plan, [], PredictSettings())
     with pytest.raises(UserError, match=r"changed\.nii\.gz` is not on the grid .*32x32x31 instead of"):
         measure._truth(replace(opened.cases[0], label_file=changed))
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
+    store: Path, whole: Path, tmp_path: Path, unetrkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    original = folder_module.take_step
+
+    def slow(learner, stream, step, *how):
+        taken.append(step)
+        time.sleep((0.9, 0.5, 0.5)[step])  # the first step of a run is no measure
+        return original(learner, stream, step, *how)
+
+    monkeypatch.setattr(folder_module, "take_step", slow)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{}\n")
+    words = [*SMALL, f"data={store}", "loop.steps=7200", "loop.validate_every=1000", "loop.ema=0.99"]
+    for out in (tmp_path / "run", whole):
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        outcome = unetrkit("train", recipe, *words, f"out={out}", "--dry-run")
+        assert outcome.code == 0, outcome.err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert not (tmp_path / "run").exists() and taken == [0, 1, 2] * 2
+    about, taking, sizes = outcome.err.splitlines()
+    assert about.startswith("swin_unetr_tiny on 3 cases, validated on 1, in ")
+    each = float(re.match(r"time: (\S+) s a step, (\d+ h \d+ min) in all, and 8 validations$", taking)[1])
+    assert 0.5 < each < 5 and f"{duration(7200 * each)[:3]}" in taking
+    memory, disk = re.match(r"memory: (\S+) GB of the computer's; disk: (\S+) GB$", sizes).groups()
+    assert float(memory) * 1e9 == pytest.approx(peak_memory(), rel=0.05)
+    weights = (whole / "model/weights.safetensors").stat().st_size
+    assert float(disk) * 1e9 == pytest.approx((4 * 4 + 1) * weights, rel=0.02)
+
+
+def test_what_a_run_leaves_is_no_more_than_a_dry_run_says(store: Path, whole: Path) -> None:
+    job = job_of(settings(store, whole))
+    said = space_of(build_learner(job.objective, job.loop, job.optim))
+    left = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    assert (
+        0.7 * said < left < said
+    )  # 3 checkpoints of the 4 that are there while one is written, and the model
+
+
+def test_a_broken_case_ends_a_run_which_then_goes_on_without_it(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "store"
+    shutil.copytree(store, broken)
+    name = next(case.name for case in Store.open(store).cases if case.split == "training")
+    for file in (broken / "cases" / name).glob("*.chunks"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"/cases/{name}/.* is damaged"):
+        train(settings(broken, tmp_path / "run"))
+    train(settings(broken, tmp_path / "run", "sampling.skip_broken=true"))
+    assert capsys.readouterr().err.count("the next case takes its place") == 1
 
 
 def test_scans_without_labels_cannot_be_trained_on(store: Path, tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_coarser_labels_are_the_nearest_ones_where_sizes_halve_evenly() -> None:
     assert torch.equal(coarsened(label, 2), expected)
 
 
+@pytest.mark.parametrize("levels", [0, 2])
+def test_at_another_network_size_the_loss_is_that_of_the_interpolated_batch(levels: int) -> None:
+    made, given = objective(deep_supervision=levels), batch()
+    size = (18, 36, 26)
+    image = F.interpolate(given["image"], size, mode="trilinear")
+    label = given["label"].repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = made({"image": image, "label": label})
+    found = Segmentation(made.network, made.loss, size)(given)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["loss"], made(given)["loss"])
+
+
 def test_deep_supervision_weighs_each_scale_half_as_much_as_the_finer_one() -> None:
     made, given = objective(deep_supervision=2), batch()
     found = made(given)

@@ -24,6 +24,7 @@ class Cubes:
 
     size: int = 2
     before: Callable[[int], None] = lambda number: None
+    lower: tuple[str, str] = ("sampling.batch_size", "sampling.patch_size")
 
     def __call__(self, start: int, stop: int) -> Generator[dict[str, Tensor]]:
         for number in range(start, stop):

@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Generator, Tensor
 
 from unetrkit.data.augment import Probability
 from unetrkit.data.augment_spatial import apply_orientation, draw_orientation
 from unetrkit.data.chunks import Triple
-from unetrkit.data.loader import ALONE, Batch, Rank, StepBatches, in_order, open_cases
+from unetrkit.data.loader import ALONE, Batch, Rank, StepBatches, Unread, in_order, open_cases, read_one
 from unetrkit.data.plan import Extent, Plan, Settings
 from unetrkit.data.sampling import case_at, corner_around, generator_for, read_image_patch
 from unetrkit.data.store import StoredCase
@@ -40,6 +41,8 @@ class CropSettings(Settings):
     centre: Literal["body", "anywhere"] = "body"
     # of each axis; two flips are half a turn, which an objective that is asked for turns cannot tell from one
     p_flip: Probability = 0.0
+    # a case that cannot be read: the next takes its place, which is said, instead of an error
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,10 @@ class Crops(StepBatches):
         return opened
 
     def cases(self, step: int) -> list[str]:
-        """The cases of a step's batch, for messages."""
         places = dict.fromkeys(self._place(step, i) for i in range(self.settings.batch_size))
         return [f"{self.sources[k].cases[n]} of {self.sources[k].store}" for k, n in places]
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int, unread: Unread) -> Batch:
         settings, plan = self.settings, self.opened[0].plan
         size, count = settings.patch_size or plan.patch_size, settings.batch_size
         batch = {
@@ -136,11 +138,16 @@ class Crops(StepBatches):
             "modality": torch.empty(count, dtype=torch.int64),
         }
         for i in range(count):
-            k, n = self._place(step, i)
+            k, first = self._place(step, i)
             source = self.opened[k]
-            generator = generator_for(self.seed, step, self.rank.rank * count + i)
-            corner = draw_crop(generator, source.cases[n], size, settings.centre)
-            image = read_image_patch(source.cases[n], corner, size, source.plan.intensity)
+
+            def read(n: int, i: int = i, source: Opened = source) -> tuple[int, Generator, Tensor]:
+                generator = generator_for(self.seed, step, self.rank.rank * count + i)
+                corner = draw_crop(generator, source.cases[n], size, settings.centre)
+                image = read_image_patch(source.cases[n], corner, size, source.plan.intensity)
+                return n, generator, image
+
+            n, generator, image = read_one(source.cases, first, read, settings.skip_broken, unread)
             orientation = draw_orientation(generator, settings.p_flip, 0.0, size)
             batch["image"][i] = apply_orientation(orientation, image)
             batch["case"][i], batch["modality"][i] = source.first + n, source.modality

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unetrkit.data.augment import (
@@ -25,9 +26,12 @@ from unetrkit.data.plan import Plan
 from unetrkit.data.sampling import SamplingSettings, case_at, draw_corner, generator_for, read_patch
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
-from unetrkit.ranks import ALONE, Rank
+from unetrkit.progress import say
+from unetrkit.ranks import ALONE, Rank, first_to_say
 
 Batch = dict[str, Tensor]
+Unread = dict[str, str]  # the folders of cases that cannot be read, and what was found in them
+Read = TypeVar("Read")
 
 
 def batches(
@@ -53,22 +57,52 @@ def batches(
     return in_order(made, steps, workers)
 
 
-class StepBatches(Dataset[Batch | UserError]):
-    """A batch for every step, as `_batch` makes it.
+class StepBatches(Dataset[tuple[Batch, Unread] | UserError]):
+    """A batch for every step, as `_batch` makes it, and what it had to leave out.
 
     Nothing of a store stays open, so that it may be forked or pickled.
     """
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int, unread: Unread) -> Batch:
         raise NotImplementedError
 
-    def __getitem__(self, step: int) -> Batch | UserError:
+    def cases(self, step: int) -> list[str]:
+        """The cases of a step's batch, for messages."""
+        raise NotImplementedError
+
+    def __getitem__(self, step: int) -> tuple[Batch, Unread] | UserError:
+        unread: Unread = {}
         try:
             with _one_thread():
-                return self._batch(step)
+                return self._batch(step, unread), unread
         except UserError as error:
             # returned, not raised: torch rebuilds what a worker raises from its traceback and loses the hint
             return error
+
+
+def read_one(
+    cases: Sequence[StoredCase], first: int, read: Callable[[int], Read], skip: bool, unread: Unread
+) -> Read:
+    """What `read` makes of the case with the number `first`; an error in it bears the case's name.
+
+    Where the case cannot be read and `skip` is set it becomes one of `unread`, and the next in order is
+    taken, in every process alike.
+    """
+    for n in (*range(first, len(cases)), *range(first)):
+        name = cases[n].name
+        try:
+            return read(n)
+        except UserError as error:
+            what = error.message if str(cases[n].path) in error.message else f"case `{name}`: {error.message}"
+            if not skip:
+                error.args = (what,)
+                error.message = what
+                raise
+            unread[str(cases[n].path)] = what
+        except Exception as error:
+            error.add_note(f"while case `{name}` was read")
+            raise
+    raise UserError("none of the cases can be read", hint="run `unetrkit prepare` again")
 
 
 def open_cases(path: Path, names: Sequence[str]) -> tuple[Plan, list[StoredCase]]:
@@ -88,7 +122,7 @@ class Steps(StepBatches):
     """The batch of every step."""
 
     store: Path
-    cases: tuple[str, ...]
+    names: tuple[str, ...]
     sampling: SamplingSettings
     augment: AugmentSettings
     seed: int
@@ -96,9 +130,18 @@ class Steps(StepBatches):
 
     @cached_property
     def opened(self) -> tuple[Plan, list[StoredCase]]:
-        return open_cases(self.store, self.cases)
+        return open_cases(self.store, self.names)
 
-    def _batch(self, step: int) -> Batch:
+    def cases(self, step: int) -> list[str]:
+        places = dict.fromkeys(self._case(step, i) for i in range(self.sampling.batch_size))
+        return [self.names[n] for n in places]
+
+    def _case(self, step: int, i: int) -> int:
+        """Which case patch i of this rank is of."""
+        patch = (step * self.rank.world + self.rank.rank) * self.sampling.batch_size + i
+        return case_at(self.seed, patch // self.sampling.patches_per_case, len(self.names))
+
+    def _batch(self, step: int, unread: Unread) -> Batch:
         plan, cases = self.opened
         size = self.sampling.patch_size or plan.patch_size
         count = self.sampling.batch_size
@@ -107,12 +150,14 @@ class Steps(StepBatches):
             "label": torch.empty(count, *size, dtype=torch.uint8),  # b x y z
         }
         for i in range(count):
-            index = self.rank.rank * count + i
-            position = (step * self.rank.world * count + index) // self.sampling.patches_per_case
-            case = cases[case_at(self.seed, position, len(cases))]
-            generator = generator_for(self.seed, step, index)
-            corner = draw_corner(generator, case, size, self.sampling)
-            image, label = read_patch(case, corner, size, plan.intensity)
+
+            def read(n: int, i: int = i) -> tuple[Generator, Tensor, Tensor]:
+                generator = generator_for(self.seed, step, self.rank.rank * count + i)
+                corner = draw_corner(generator, cases[n], size, self.sampling)
+                return generator, *read_patch(cases[n], corner, size, plan.intensity)
+
+            skip = self.sampling.skip_broken
+            generator, image, label = read_one(cases, self._case(step, i), read, skip, unread)
             augmentation = draw_augmentation(generator, self.augment, size, plan.spacing)
             # float16 becomes float32, and a turned view contiguous, in the one copy into the batch
             batch["image"][i] = apply_spatial(augmentation, image)
@@ -140,20 +185,27 @@ def in_order(made: StepBatches, steps: range, workers: int) -> Iterator[Batch]:
         # what Python 3.12 and later say about fork in any process with threads: see above
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         items = iter(loader)
-    while True:
+    said: set[str] = set()
+    for step in steps:
         try:
-            item = next(items, None)
+            item = next(items)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            what = f"a process that loads data ended: {str(error).splitlines()[0]}"
+            # each process is at one of the next steps: two for each are asked for ahead (torch's default)
+            soon = range(step, min(step + 2 * workers, steps.stop))
+            names = ", ".join(list(dict.fromkeys(f"`{name}`" for s in soon for name in made.cases(s)))[:10])
+            what = f"a process that loads data ended, at one of {names}: {str(error).splitlines()[0]}"
             hint = "memory or shared memory (/dev/shm) ran out: fewer workers, or smaller batches"
             raise UserError(what, hint=hint) from error
-        if item is None:
-            return
         if isinstance(item, UserError):
             raise item
-        yield item
+        batch, unread = item
+        for folder, what in unread.items():
+            if folder not in said and first_to_say(what):
+                say(f"warning: {what}; the next case takes its place")
+            said.add(folder)
+        yield batch
 
 
 @contextmanager

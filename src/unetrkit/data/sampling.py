@@ -34,8 +34,10 @@ class SamplingSettings(Settings):
     0.5
     """
 
-    # None: the plan's
+    # what is cut; None: the plan's
     patch_size: tuple[Extent, Extent, Extent] | None = None
+    # what the network sees: a patch is interpolated to it, its label by the nearest voxel; None: the patch
+    network_size: tuple[Extent, Extent, Extent] | None = None
     # patches in a batch, on each rank
     batch_size: Annotated[int, Field(ge=1)] = 2
     # consecutive patches that come from one case, so that its chunks are read while they are warm
@@ -44,6 +46,8 @@ class SamplingSettings(Settings):
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     # the class of a foreground centre: uniform among the classes of the case, instead of by voxel count
     class_balanced: bool = False
+    # a case that cannot be read: the next takes its place, which is said, instead of an error
+    skip_broken: bool = False
 
 
 def generator_for(seed: int, *counters: int) -> torch.Generator:

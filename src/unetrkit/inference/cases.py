@@ -148,7 +148,7 @@ def require_one_plan(models: Sequence[Model], paths: Sequence[Path]) -> None:
 
 def _shared(model: Model) -> list[str]:
     plan = model.plan.model_dump(mode="json")
-    shared = *(plan.get(name) for name in SAME), model.description["image_size"]
+    shared = *(plan.get(name) for name in SAME), [model.window, model.description["image_size"]]
     return [json.dumps(value) for value in shared]
 
 

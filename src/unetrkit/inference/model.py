@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.plan import Plan, Settings
 from unetrkit.errors import UserError
+from unetrkit.networks.scaled import seen_as
 
 FORMAT = "unetrkit-model"
 PRETRAINED: Final = "unetrkit-pretrained"  # the format of what only begins a training
@@ -38,6 +39,12 @@ class Model:
     network: nn.Module
     plan: Plan
     description: dict[str, Any]
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """The size of what was cut for it in training."""
+        x, y, z = self.description.get("patch_size") or self.description["image_size"]
+        return x, y, z
 
 
 class Sealed(Settings):
@@ -56,6 +63,8 @@ class Description(Sealed):
     in_channels: int = Field(ge=1)
     classes: int = Field(ge=2)
     image_size: tuple[int, int, int]
+    # of what is cut and then interpolated to `image_size`; None: of that size
+    patch_size: tuple[int, int, int] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     plan: Plan
     origin: dict[str, Any] = Field(default_factory=dict)
@@ -70,11 +79,13 @@ def save_model(
     options: Mapping[str, Any],
     plan: Plan,
     origin: Mapping[str, Any],
+    patch_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes a model folder; one that is there is replaced only when the new one is complete.
 
-    `name`, `image_size` and `options` are what `networks.build` makes the network from. `origin` is anything
-    that JSON can hold: `fold` in it tells `predict` which cases validate; the rest is for people.
+    `name`, `image_size` and `options` are what `networks.build` makes the network from; `patch_size` is that
+    of what was cut and then interpolated to `image_size`. `origin` is anything that JSON can hold: `fold` in
+    it tells `predict` which cases validate; the rest is for people.
     Raises UserError where `folder` holds something else than a model, or cannot be written.
     """
     write_folder(
@@ -85,6 +96,7 @@ def save_model(
             in_channels=len(plan.channels),
             classes=len(plan.classes),
             image_size=image_size,
+            patch_size=patch_size,
             options=dict(options),
             plan=plan,
             origin=dict(origin),
@@ -144,6 +156,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     if hashlib.sha256(content.replace(seal, b"", 1)).hexdigest().encode() != seal:
         raise UserError(f"`{folder / FILES[0]}` was changed: its seal is broken", hint=COPY)
     network.load_state_dict(tensors)
+    network = seen_as(network, description.patch_size or description.image_size, description.image_size)
     return Model(network.to(device).eval(), description.plan, description.model_dump(mode="json"))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +28,7 @@ from unetrkit.inference.model import Model, load_model
 from unetrkit.inference.record import Record, draft
 from unetrkit.inference.restore import restore
 from unetrkit.inference.sliding_window import Blending, Triple, scores_of, sliding_window
+from unetrkit.memory import peak_memory, was_too_small
 from unetrkit.progress import say
 
 AXES = ("x", "y", "z")
@@ -48,7 +47,7 @@ class PredictSettings(Settings):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     blending: Blending = "gaussian"
     mirrors: tuple[Literal["x", "y", "z"], ...] = ()
-    # None: the size the model was trained on
+    # None: the patch that the model was trained on; another is seen at the same scale
     window: tuple[Extent, Extent, Extent] | None = None
     window_batch: Annotated[int, Field(ge=1)] = 1
     amp: Literal["off", "bf16"] = "off"
@@ -83,7 +82,7 @@ def predict_label(models: Sequence[Model], volume: Volume, settings: PredictSett
     """
     image, grid = preprocess(volume, models[0].plan)
     networks = [model.network for model in models]
-    return _labels(networks, image, grid, models[0].plan, _window(models, settings), settings)
+    return _labels(networks, image, grid, models[0].plan, settings.window or models[0].window, settings)
 
 
 def predict(
@@ -207,12 +206,13 @@ def _segment(
         for doubt in doubts:
             say(f"warning: `{case.name}`: {doubt}")
         networks = [model.network for model in models]
-        label = _labels(networks, image, grid, plan, _window(models, settings), settings, progress)
+        label = _labels(networks, image, grid, plan, settings.window or models[0].window, settings, progress)
         names = {one.id: one.name for one in plan.classes}
         write_label(draft(out, case), label, case.images[0], names)
     except UserError as error:
         return error
-    return {"seconds": round(time.monotonic() - start, 3), "peak_memory_mb": _peak_memory_mb()}
+    peak = peak_memory()
+    return {"seconds": round(time.monotonic() - start, 3), "peak_memory_mb": peak and peak // 2**20}
 
 
 def _prepare(case: Case, plan: Plan) -> Prepared:
@@ -228,10 +228,6 @@ def _prepared(cases: Sequence[Case], plan: Plan) -> Iterator[tuple[Case, Future[
             prepared = ahead.pop()
             ahead = [pool.submit(_prepare, one, plan) for one in cases[index + 1 : index + 2]]
             yield case, prepared
-
-
-def _window(models: Sequence[Model], settings: PredictSettings) -> Triple:
-    return settings.window or tuple(models[0].description["image_size"])
 
 
 def _labels(
@@ -262,9 +258,7 @@ def _labels(
             network.eval()
         return restore(slabs, grid, [label_class.id for label_class in plan.classes])
     except (RuntimeError, MemoryError) as error:
-        # torch's allocator of main memory has no exception of its own
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not re.search("not enough memory|can't allocate memory", str(error)):
+        if not was_too_small(error):
             raise
         raise UserError(
             f"not enough memory for windows of {window} voxels",
@@ -286,13 +280,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"`device` is `{name}`, but torch finds {found} GPUs", hint="device=auto")
     return device
-
-
-def _peak_memory_mb() -> int | None:
-    """The most memory that this process has had so far; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

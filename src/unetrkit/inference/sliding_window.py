@@ -7,6 +7,7 @@ Positions, weights and therefore scores are those of MONAI's `sliding_window_inf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import combinations, product
 from typing import Literal
 
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
+from unetrkit.memory import was_too_small
+from unetrkit.progress import say
 
 Triple = tuple[int, int, int]
 Blending = Literal["gaussian", "constant"]
@@ -101,7 +104,8 @@ def sliding_window(
     `image` is (c, x, y, z); where it is smaller than the window it is padded on both sides with `fill` (a
     value per channel; None: zeros), and the slabs are cut back. `progress(done, total)` counts windows.
     Held at a time are (window + 8) x Y x Z scores of each class, on the device that `score` answers on.
-    Raises UserError for scores that are not finite.
+    Where the memory is too small for `window_batch` windows at a time it goes on with half as many. Raises
+    UserError for scores that are not finite.
     """
     size = image.shape[1:]
     padded, before = _pad(image, window, fill or [0.0] * len(image))
@@ -112,10 +116,22 @@ def sliding_window(
     done = 0
 
     for x, following in zip(xs, [*xs[1:], padded.shape[1]], strict=True):
-        for i in range(0, len(places), window_batch):
+        i = 0
+        while i < len(places):
             starts = places[i : i + window_batch]
             windows = [padded[(slice(None), *_box((x, y, z), window))] for y, z in starts]
-            scores = _score(score, torch.stack(windows))
+            try:
+                scores = score(torch.stack(windows))
+            except (RuntimeError, MemoryError) as error:
+                if len(starts) == 1 or not was_too_small(error):
+                    raise
+                scores = None
+            if scores is None:  # outside the handler: the error holds on to what filled the memory
+                window_batch = len(starts) // 2
+                _say_once(window_batch)
+                torch.cuda.empty_cache()
+                continue
+            i += len(starts)
             if done == 0:
                 weight = weight.to(scores)
                 rolling = scores.new_zeros(scores.shape[1], window[0], *padded.shape[2:])
@@ -165,12 +181,6 @@ def _shift(tensor: Tensor, by: int, dim: int) -> None:
     tensor.narrow(dim, max(length - by, 0), min(by, length)).zero_()
 
 
-def _score(score: Score, windows: Tensor) -> Tensor:
-    """Scores of a batch; where the device's memory is too small for all of it, of its halves."""
-    try:
-        return score(windows)
-    except torch.OutOfMemoryError:
-        if len(windows) == 1:
-            raise
-    torch.cuda.empty_cache()
-    return torch.cat([_score(score, half) for half in windows.tensor_split(2)])
+@cache
+def _say_once(most: int) -> None:
+    say(f"warning: the memory is too small for `window_batch`: going on with {most} at a time")

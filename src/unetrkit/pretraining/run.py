@@ -19,7 +19,7 @@ from unetrkit.errors import UserError, nearest
 from unetrkit.pretraining import OBJECTIVES
 from unetrkit.pretraining.probes import Probe
 from unetrkit.pretraining.report import write_report
-from unetrkit.pretraining.watch import Watch, WatchSettings, measure_features
+from unetrkit.pretraining.watch import Watch, WatchSettings, measure_features, probed
 from unetrkit.pretraining.weights import load_pretrained, network_to_tune, save_pretrained
 from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
@@ -78,6 +78,10 @@ class Numbered:
             self.sources, self.settings, seed=self.seed, steps=steps, workers=self.workers, rank=this_rank()
         )
 
+    @property
+    def lower(self) -> tuple[str, str]:
+        return "crops.batch_size", "crops.patch_size"
+
     def cases(self, number: int) -> list[str]:
         return Crops(self.sources, self.settings, self.seed, this_rank()).cases(number)
 
@@ -89,6 +93,16 @@ def pretrain(settings: PretrainSettings) -> State:
     best weights by the loss on fixed crops of the validation cases, pictures of what is restored, and
     report.html. Raises UserError for what the user can correct and Interrupted for Ctrl-C or SIGTERM.
     """
+    job = job_of(settings)
+    state = carry_out(job)
+    assert isinstance(job.validate, Watch)
+    say(f"look at {write_report(job.out, job.validate.untrained)}")
+    say(job.after)
+    return state
+
+
+def job_of(settings: PretrainSettings) -> Job:
+    """What `pretrain` carries out; nothing is written yet. Raises UserError for what the user can correct."""
     objective_name = settings.objective
     if objective_name not in OBJECTIVES:
         hint = nearest(objective_name, OBJECTIVES)
@@ -121,8 +135,8 @@ def pretrain(settings: PretrainSettings) -> State:
         probe = Probe.of(settings.watch.probe, patch, settings.watch.probe_patches)
     device = device_of(settings.loop.device)
     before = measure_features(objective.to(device).eval(), fixed)
-    watch = Watch(fixed, out, settings.watch.pictures, probe, before)
-    untrained = before._asdict() | watch.probed(objective)
+    untrained = before._asdict() | probed(probe, objective)
+    watch = Watch(fixed, out, settings.watch.pictures, probe, before, untrained)
 
     def export(subject: nn.Module, state: State) -> None:
         description = {
@@ -137,8 +151,9 @@ def pretrain(settings: PretrainSettings) -> State:
 
     seen, held = ([case for split in splits for case in split[side]] for side in (0, 1))
     parameters = sum(weight.numel() for weight in network.parameters())
-    job = Job(
+    return Job(
         settings,
+        out,
         settings.loop,
         settings.optim,
         objective,
@@ -158,12 +173,8 @@ def pretrain(settings: PretrainSettings) -> State:
             f"{len(held)}, in {out}",
             "before training: " + ", ".join(f"{name} {value:.3g}" for name, value in untrained.items()),
         ),
+        after=f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE",
     )
-    state = carry_out(job, out)
-    report = write_report(out, untrained)
-    say(f"look at {report}")
-    say(f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE")
-    return state
 
 
 def _resolved(settings: PretrainSettings, out: Path) -> PretrainSettings:

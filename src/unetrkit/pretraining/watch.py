@@ -46,6 +46,7 @@ class Watch:
     pictures: int
     probe: Probe | None
     before: Geometry
+    untrained: dict[str, float]  # the figures of the features before training
 
     def __call__(self, objective: nn.Module, step: int, show: Callable[[str], None]) -> dict[str, float]:
         """Mean losses by name, the figures of the features, `probe_dice` where there is a probe.
@@ -64,17 +65,10 @@ class Watch:
             say("hint: a lower `optim.lr`, a longer `optim.warmup`, more crops in a batch, another objective")
         figures = totals | now._asdict() | {"collapsed": float(bool(reason))}
         show("validating: the linear probe")
-        figures |= self.probed(objective)
+        figures |= probed(self.probe, objective)
         if self.pictures:
             self._draw(objective, step, totals["loss"])
         return figures
-
-    def probed(self, objective: nn.Module) -> dict[str, float]:
-        """`probe_dice`, where there is a probe."""
-        if self.probe is None:
-            return {}
-        encoder = objective.get_submodule("network.encoder")
-        return {"probe_dice": self.probe.dice(encoder, _device(objective))}
 
     def _draw(self, objective: nn.Module, step: int, loss: float) -> None:
         parts: list[dict[str, Tensor]] = []
@@ -88,6 +82,13 @@ class Watch:
         some = {name: torch.cat([part[name] for part in parts])[: self.pictures] for name in parts[0]}
         path = self.folder / "pictures" / f"step-{step:07}.png"
         write_picture(path, some, f"step {step}, validation loss {loss:.4f}")
+
+
+def probed(probe: Probe | None, objective: nn.Module) -> dict[str, float]:
+    """`probe_dice`, where there is a probe."""
+    if probe is None:
+        return {}
+    return {"probe_dice": probe.dice(objective.get_submodule("network.encoder"), _device(objective))}
 
 
 def measure_features(objective: nn.Module, batches: Sequence[Batch]) -> Geometry:

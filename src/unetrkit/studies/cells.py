@@ -47,7 +47,7 @@ def make(cell: Cell, cases: Sequence[StoredCase]) -> None:
     model = load_model(cell.folder, device_of(cell.settings.loop.device))
     how = PredictSettings(
         overlap=cell.settings.validation.overlap,
-        window=model.description["image_size"],
+        window=model.window,
         device=cell.settings.loop.device,
     )
     say(f"measuring {len(cases)} cases")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from torch import nn
 
@@ -17,28 +19,33 @@ from unetrkit.errors import UserError
 from unetrkit.ranks import this_rank
 from unetrkit.training import checkpoint
 from unetrkit.training.distributed import together, wait
-from unetrkit.training.learner import build_learner, device_of
-from unetrkit.training.log import say
+from unetrkit.training.guards import explained, memory_used, space_of
+from unetrkit.training.learner import build_learner, device_of, take_step
+from unetrkit.training.log import duration, say
 from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
 FREE |= {"init_minimum", "init_trust", "loop.trackers"}
+# else a run that met a broken case could not go on without it
+FREE |= {"sampling.skip_broken", "crops.skip_broken"}
 
 LOCK = ".train.lock"
+TRIED = 3  # steps of a rehearsal
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains, how it is measured, what it leaves.
+    """What a run trains, how it is measured, what it leaves, and where: in the folder `out`.
 
     * validate, better, export: see `loop.fit`; load: reads what `export` wrote, or raises UserError
     * settings: all of them, for `config.yaml`; loop and optim are two of their sections
-    * made_of: what must be the same where the run goes on, for `run.json`; about: said at the beginning
+    * made_of: what must be the same where the run goes on, for `run.json`; about and after: said around it
     """
 
     settings: Settings
+    out: Path
     loop: LoopSettings
     optim: OptimSettings
     objective: nn.Module
@@ -49,13 +56,15 @@ class Job:
     load: Callable[[Path], object]
     made_of: Mapping[str, object]
     about: tuple[str, ...]
+    after: str
 
 
-def carry_out(job: Job, out: Path) -> State:
+def carry_out(job: Job) -> State:
     """Begins the run, or goes on with it, to its end; what it exported is then there, and sound.
 
     Raises UserError where `out` holds something else, and what `loop.fit` raises.
     """
+    out = job.out
     with together(device_of(job.loop.device)), ExitStack() as stack:
         if this_rank().first:
             _make_folder(out)
@@ -80,6 +89,23 @@ def carry_out(job: Job, out: Path) -> State:
     best = f"{name} {state.best[name]:.4f}"
     say(f"finished {state.step} steps; the best, {best}, is of step {state.best_step}")
     return state
+
+
+def rehearse(job: Job) -> None:
+    """Says what the run would take, from three steps; nothing is written."""
+    loop, stream, seconds = job.loop, job.batches(0, TRIED * job.loop.accumulate), []
+    with together(device_of(loop.device)), explained(State(), job.batches, loop, job.optim):
+        learner = build_learner(job.objective, loop, job.optim)
+        for step in range(TRIED):
+            began = time.perf_counter()
+            take_step(learner, stream, step, learning_rate(step, loop.steps, job.optim), loop)
+            seconds.append(time.perf_counter() - began)
+    stream.close()
+    each, validations = median(seconds), -(-loop.steps // loop.validate_every)
+    whose, used = memory_used(learner.device.type == "cuda")
+    say(job.about[0])
+    say(f"time: {each:.3g} s a step, {duration(each * loop.steps)} in all, and {validations} validations")
+    say(f"memory: {used or 'unknown'} of {whose}; disk: {space_of(learner) / 1e9:.3g} GB")
 
 
 def _require_export(job: Job, out: Path, state: State) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unetrkit.errors import UserError
+from unetrkit.memory import peak_memory, was_too_small
 from unetrkit.ranks import this_rank
 from unetrkit.training.learner import Learner, NotFinite
 from unetrkit.training.optim import OptimSettings, learning_rate
@@ -36,22 +37,29 @@ def explained(state: State, batches: Batches, settings: LoopSettings, optim: Opt
             "`out`. What was saved is from before this step, and good",
         ) from what
     except (MemoryError, RuntimeError) as error:  # torch raises the latter on a CPU
-        gpu = isinstance(error, torch.OutOfMemoryError)
-        if not (gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not was_too_small(error):
             raise
+        whose, used = memory_used(isinstance(error, torch.OutOfMemoryError))
         raise UserError(
-            f"the {'GPU' if gpu else 'computer'}'s memory is too small for step {state.step}",
-            hint=_smaller(batches.size, settings.accumulate),
+            f"{whose} memory is too small for step {state.step}{used and f'; until then it took {used}'}",
+            hint=_smaller(batches, settings.accumulate),
         ) from error
 
 
-def _smaller(size: int, accumulate: int) -> str:
+def memory_used(gpu: bool) -> tuple[str, str]:
+    """Whose memory it is, and the most that this process had of it so far."""
+    peak = torch.cuda.max_memory_allocated() if gpu and torch.cuda.is_initialized() else peak_memory()
+    return f"the {'GPU' if gpu else 'computer'}'s", f"{peak / 1e9:.3g} GB" if peak else ""
+
+
+def _smaller(batches: Batches, accumulate: int) -> str:
     """What to lower, and by how much: the same step in parts, else less to remember."""
-    less = "a smaller `sampling.patch_size` (two thirds along each axis need a third)"
+    count, size = batches.lower
+    less = f"a smaller `{size}` (two thirds along each axis need a third)"
     hint = f"`network_options.checkpointing=true`, or {less}"
-    if size == 1:
+    if batches.size == 1:
         return hint
-    half = f"`sampling.batch_size={size // 2}` with `loop.accumulate={2 * accumulate}`"
+    half = f"`{count}={batches.size // 2}` with `loop.accumulate={2 * accumulate}`"
     return f"{half}: the same step in halves; or {hint}"
 
 
@@ -62,10 +70,10 @@ def cases_of(state: State, settings: LoopSettings, cases: Callable[[int], Sequen
     return ", ".join(f"`{name}`" for name in names)
 
 
-def slow(learner: Learner) -> str:
+def slow(learner: Learner, batches: Batches) -> str:
     """What to say where a run takes days."""
     on_cpu = learner.device.type == "cpu"
-    return "hint: there is no GPU; lower `loop.steps` or `sampling.patch_size`" if on_cpu else ""
+    return f"hint: there is no GPU; lower `loop.steps` or `{batches.lower[1]}`" if on_cpu else ""
 
 
 def refuse_lost(folder: Path, saved: dict[str, Any] | None) -> None:
@@ -82,16 +90,21 @@ def check_space(learner: Learner, folder: Path) -> None:
     """A full disk is better found before the first step than at the first checkpoint."""
     if not this_rank().first:
         return
-    weights = sum(p.numel() * p.element_size() for p in learner.objective.parameters())
-    copies = 3 + (learner.average is not None)  # the weights, the two moments of Adam, the average
     there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    needed = CHECKPOINTS * copies * weights - there
+    needed = space_of(learner) - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"`{folder}` has {free / 1e9:.2f} GB free, and checkpoints need {needed / 1e9:.2f} GB",
             hint="free some space, or choose another `out`",
         )
+
+
+def space_of(learner: Learner) -> int:
+    """Bytes of the checkpoints of a run and of its model, at the moment when they are most."""
+    weights = sum(p.numel() * p.element_size() for p in learner.objective.parameters())
+    copies = 3 + (learner.average is not None)  # the weights, the two moments of Adam, the average
+    return (CHECKPOINTS * copies + 1) * weights
 
 
 def validation_line(state: State, measured: dict[str, float], better: str) -> str:

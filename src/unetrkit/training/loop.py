@@ -70,6 +70,10 @@ class Batches(Protocol):
     def size(self) -> int:
         """Patches in a batch."""
 
+    @property
+    def lower(self) -> tuple[str, str]:
+        """The settings to lower where they are too many, or too large."""
+
     def __call__(self, start: int, stop: int) -> Generator[Batch]: ...
 
     def cases(self, number: int) -> Sequence[str]: ...
@@ -130,7 +134,7 @@ def fit(
     last = settings.steps * settings.accumulate
     patches = batches.size * settings.accumulate * this_rank().world
     with (
-        Progress(course.state.step, settings.steps, patches, slow(learner)) as progress,
+        Progress(course.state.step, settings.steps, patches, slow(learner, batches)) as progress,
         mirrored(settings.trackers, folder) as mirror,
         Interruption() as interruption,
     ):

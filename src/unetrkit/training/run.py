@@ -15,13 +15,14 @@ from unetrkit.config import Settings
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.files import read_json
 from unetrkit.data.folds import first_cases, split_cases
-from unetrkit.data.loader import batches
-from unetrkit.data.sampling import SamplingSettings, case_at
+from unetrkit.data.loader import Steps, batches
+from unetrkit.data.sampling import SamplingSettings
 from unetrkit.data.store import Store
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model, save_model
 from unetrkit.inference.predict import PredictSettings
 from unetrkit.networks import build
+from unetrkit.networks.scaled import seen_as
 from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
 from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
@@ -88,12 +89,14 @@ class Patches:
             rank=this_rank(),
         )
 
+    @property
+    def lower(self) -> tuple[str, str]:
+        sampling = self.settings.sampling
+        return "sampling.batch_size", f"sampling.{'network' if sampling.network_size else 'patch'}_size"
+
     def cases(self, number: int) -> list[str]:
-        sampling, seed, rank = self.settings.sampling, self.settings.loop.seed, this_rank()
-        first = (number * rank.world + rank.rank) * sampling.batch_size
-        stop = first + sampling.batch_size
-        positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
-        return [self.names[case_at(seed, position, len(self.names))] for position in positions]
+        how, seed = self.settings, self.settings.loop.seed
+        return Steps(self.store, self.names, how.sampling, how.augment, seed, this_rank()).cases(number)
 
 
 def train(settings: TrainSettings) -> State:
@@ -106,6 +109,14 @@ def train(settings: TrainSettings) -> State:
     `last` and `best`, and `model`, the best network with its plan: enough to predict with. Raises UserError
     for what the user can correct and Interrupted for Ctrl-C or SIGTERM. A damaged `model` is written again.
     """
+    job = job_of(settings)
+    state = carry_out(job)
+    say(job.after)
+    return state
+
+
+def job_of(settings: TrainSettings) -> Job:
+    """What `train` carries out; nothing is written yet. Raises UserError for what the user can correct."""
     store = Store.open(settings.data)
     if not store.plan.classes:
         raise UserError(
@@ -120,6 +131,7 @@ def train(settings: TrainSettings) -> State:
     training, validation = split_cases(store.cases, settings.fold)
     training = first_cases(training, settings.cases)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
+    seen = settings.sampling.network_size or patch
     torch.manual_seed(settings.loop.seed)
     begun, initial, options = _begun_with(out), None, dict(settings.network_options)
     if init is not None and begun is None:
@@ -127,7 +139,7 @@ def train(settings: TrainSettings) -> State:
         options = initial.options(settings.network) | options
     elif begun is not None:
         options = begun["options"] | options
-    network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
+    network = build(settings.network, len(plan.channels), len(plan.classes), seen, options)
     about: list[str] = []
     if initial is not None:
         audit = begin(network, settings.network, initial, settings.init_minimum)
@@ -149,19 +161,23 @@ def train(settings: TrainSettings) -> State:
             out / "model",
             objective.get_submodule("network"),
             name=settings.network,
-            image_size=patch,
+            image_size=seen,
+            patch_size=patch,
             options=options,
             plan=plan,
             origin={"run": out.name, "fold": settings.fold, "step": state.best_step} | state.best | origin,
         )
 
-    job = Job(
+    return Job(
         settings,
+        out,
         settings.loop,
         settings.optim,
-        Segmentation(network, settings.loss),
+        Segmentation(network, settings.loss, settings.sampling.network_size),
         Patches(settings.data, tuple(case.name for case in training), settings),
-        validate=lambda objective, step, show: measure(objective.get_submodule("network"), show),
+        validate=lambda objective, step, show: measure(
+            seen_as(objective.get_submodule("network"), patch, seen), show
+        ),
         better="dice",
         export=export,
         load=load_model,
@@ -173,10 +189,8 @@ def train(settings: TrainSettings) -> State:
             **origin,
         },
         about=(f"{settings.network} on {cases}, in {out}", *about),
+        after=f"next: unetrkit predict SCANS PREDICTIONS --model {out}",
     )
-    state = carry_out(job, out)
-    say(f"next: unetrkit predict SCANS PREDICTIONS --model {out}")
-    return state
 
 
 def _begun_with(out: Path) -> dict[str, Any] | None:
