@@ -154,8 +154,8 @@ def pretrain(settings: PretrainSettings) -> State:
         ),
     )
     state = carry_out(job, out)
-    report = write_report(out)
-    say(f"look at {report}")
+    if this_rank().first:
+        say(f"look at {write_report(out)}")
     say(f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE")
     return state
 

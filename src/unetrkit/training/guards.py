@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unetrkit.errors import UserError
-from unetrkit.ranks import this_rank
 from unetrkit.training.learner import Learner, NotFinite
 from unetrkit.training.optim import OptimSettings, learning_rate
 
@@ -68,10 +67,10 @@ def slow(learner: Learner) -> str:
     return "hint: there is no GPU; lower `loop.steps` or `sampling.patch_size`" if on_cpu else ""
 
 
-def refuse_lost(folder: Path, saved: dict[str, Any] | None) -> None:
+def refuse_lost(folder: Path, mark: dict[str, Any] | None) -> None:
     """Raises UserError for a run that was under way and has no checkpoint any more."""
     begun = (folder / "metrics.jsonl", folder / "best")
-    if saved is None and any(file.exists() and file.stat().st_size for file in begun):
+    if mark is None and any(file.exists() and file.stat().st_size for file in begun):
         raise UserError(
             f"`{folder}` holds a run that has lost its checkpoints, `last` and `previous`",
             hint="restore one of them, or begin again with another `out`",
@@ -80,8 +79,6 @@ def refuse_lost(folder: Path, saved: dict[str, Any] | None) -> None:
 
 def check_space(learner: Learner, folder: Path) -> None:
     """A full disk is better found before the first step than at the first checkpoint."""
-    if not this_rank().first:
-        return
     weights = sum(p.numel() * p.element_size() for p in learner.objective.parameters())
     copies = 3 + (learner.average is not None)  # the weights, the two moments of Adam, the average
     there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -89,10 +89,10 @@ class Patches:
         )
 
     def cases(self, number: int) -> list[str]:
-        sampling, seed, rank = self.settings.sampling, self.settings.loop.seed, this_rank()
-        first = (number * rank.world + rank.rank) * sampling.batch_size
-        stop = first + sampling.batch_size
-        positions = sorted({patch // sampling.patches_per_case for patch in range(first, stop)})
+        sampling, seed = self.settings.sampling, self.settings.loop.seed
+        size = sampling.batch_size * this_rank().world  # whose patch was at fault no rank knows
+        patches = range(number * size, (number + 1) * size)
+        positions = sorted({patch // sampling.patches_per_case for patch in patches})
         return [self.names[case_at(seed, position, len(self.names))] for position in positions]
 
 
