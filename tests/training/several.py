@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from unetrkit.cli import report_error
 from unetrkit.config import apply_overrides
+from unetrkit.data.store import Store
 from unetrkit.errors import ExitCode, Interrupted, UserError
+from unetrkit.networks import build
 from unetrkit.pretraining.run import PretrainSettings, pretrain
 from unetrkit.ranks import this_rank
 from unetrkit.training.distributed import from_all, together
+from unetrkit.training.learner import build_learner, take_step
 from unetrkit.training.loop import LoopSettings, fit
 from unetrkit.training.optim import OptimSettings
-from unetrkit.training.run import TrainSettings, train
+from unetrkit.training.run import Patches, TrainSettings, train
+from unetrkit.training.segmentation import Segmentation
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "unetrkit.pretraining.run", "tests.training.several"])
@@ -108,7 +112,7 @@ def cubes(
         torch.save(trained.state_dict(), folder / f"weights-{this_rank().rank}")
         return from_all(measured)[0]
 
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with together(torch.device("cpu")):
         fit(
             objective(),
@@ -130,3 +134,20 @@ def trained(*words: str) -> None:
 def pretrained(*words: str) -> None:
     """`unetrkit pretrain`, of settings alone."""
     pretrain(apply_overrides(PretrainSettings, words))
+
+
+def first_gradient(store: Path, file: Path, batch: int) -> None:
+    """Leaves the gradient of the first step, on so many patches on each rank, in float64, as `file`-RANK."""
+    words = [f"data={store}", "network=swin_unetr_tiny", "loop.device=cpu", "loop.amp=off", "loop.workers=0"]
+    settings = apply_overrides(TrainSettings, [*words, f"sampling.batch_size={batch}"])
+    names = tuple(case.name for case in Store.open(store).cases)
+    torch.manual_seed(this_rank().rank)  # DDP begins all with the weights of rank 0
+    network = build("swin_unetr_tiny", 1, 3, (32, 32, 32), {})
+    with together(torch.device("cpu")):
+        whole = Segmentation(network, settings.loss).double()
+        learner = build_learner(whole, settings.loop, settings.optim)
+        patches = Patches(store, names, settings)(0, 1)
+        stream = ({"image": one["image"].double(), "label": one["label"]} for one in patches)
+        take_step(learner, stream, 0, 1e-4, settings.loop)
+        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        torch.save(gradient, file.with_name(f"{file.name}-{this_rank().rank}"))

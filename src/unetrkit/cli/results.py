@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from unetrkit.cli.app import CORES, DataArgument, On, Outside, Workers, each_on, outside, quoted, say
+from unetrkit.errors import many
 from unetrkit.memory import keep_freed_memory
 from unetrkit.ranks import this_rank
 
@@ -54,9 +55,8 @@ def predict(
             progress=report_progress,
             each=None if on is None else each_on(on, gpu=settings.device != "cpu"),
         )
-    say(
-        f"wrote {len(labels)} label map{'s' * (len(labels) != 1)} in `{out}`{f', part {part}' if part else ''}"
-    )
+    which = f", part {part}" if part else ""
+    say(f"wrote {many(len(labels), 'label map')} in `{out}`{which}")
     if rank.first and scans.suffix in (".json", ".csv"):
         words = f"{quoted(out)} {quoted(scans)} REPORT --run {quoted(model[0])}{outside(allow_outside)}"
         say(f"next: unetrkit evaluate {words}")
