@@ -54,9 +54,7 @@ def efficiency(compute: float, n: int, rate: float, latency: float, accumulate: 
 
 
 def derive() -> None:
-    print(
-        "| cluster | bytes a step | travel | 40 TFLOP/s, batch 2 | the same, `loop.accumulate=4` | 120 TFLOP/s |"
-    )
+    print("| cluster | bytes a step | travel | 40 TFLOP/s | and `loop.accumulate=4` | 120 TFLOP/s |")
     print("|---|---|---|---|---|---|")
     for name, (n, rate, latency) in WAYS.items():
         moved = volume(NETWORK["gradient"], n)
