@@ -82,7 +82,7 @@ def killed(store: Path, folder: Path, run: tuple[str, int, int], times: int) -> 
         for process in lost:
             process.kill()
         for process in processes:
-            process.join(120)
+            process.join(600)
             assert process.exitcode is not None, said(folder / "log", world)
         if kills == times:
             break

@@ -37,7 +37,7 @@ def before(step: int) -> None:
 
 
 if WHAT == "hangs":
-    distributed.PATIENCE = timedelta(seconds=3)
+    distributed.PATIENCE = timedelta(seconds=10)
 try:
     cubes(FOLDER, SETTINGS.model_copy(update={"steps": 1000}) if WHAT == "slow" else SETTINGS, before)
 except UserError as error:

@@ -51,7 +51,7 @@ def ranks(world: int, log: Path, work: Callable[..., object], *arguments: Any) -
     processes = started(world, log, work, *arguments)
     try:
         for process in processes:
-            process.join(200)
+            process.join(900)  # on a machine that others fill
         return [process.exitcode for process in processes], said(log, world)
     finally:
         for process in processes:

@@ -188,7 +188,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path)
     script = Path(__file__).with_name("ending.py")
     for name, how in (("run", "killed"), ("whole", "alive")):
         begun = torchrun("--max-restarts=1", script, tmp_path / name, how)
-        found = done(begun, timeout=200)
+        found = done(begun, timeout=280)
         assert found.returncode == 0, found.stderr
         if name == "run":
             assert "going on from step 6 of 12" in found.stderr
@@ -198,7 +198,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
-    found = done(torchrun(Path(__file__).with_name("ending.py"), tmp_path / "run", "hangs"), timeout=200)
+    found = done(torchrun(Path(__file__).with_name("ending.py"), tmp_path / "run", "hangs"), timeout=280)
     assert found.returncode != 0
     assert found.stderr.count(LOST) == 1
 
@@ -212,7 +212,7 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path: Path) -> None:
             time.sleep(0.1)
         time.sleep(1)
         job.terminate()
-        said = job.communicate(timeout=100)[1]
+        said = job.communicate(timeout=200)[1]
     assert job.returncode != 0
     found = re.findall(r"error: stopped after step (\d+) of 1000", said)
     assert found == [str(checkpoint.load(tmp_path / "run" / "last")["state"]["step"])], said
