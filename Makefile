@@ -1,8 +1,8 @@
-# make demo | make test | make setup | make lint | make bench — each installs what it needs into .venv first.
+# make demo | make test | make faults | make setup | make lint | make bench — each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo setup test lint bench clean
+.PHONY: help demo setup test faults lint bench clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -16,6 +16,10 @@ setup: .venv/.installed
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --durations=15 $(TESTS)
+
+# Kill -9, damage, full disks: an hour or so; KILLS=3 of each of 20 runs.
+faults: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'faults or not faults' $(or $(TESTS),tests/faults)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -99,6 +99,17 @@ def test_parts_at_the_same_time_keep_one_record(tmp_path, save, blocks):
     assert predict(path, tmp_path / "out", [model], CPU) == []
 
 
+def test_ranks_of_torchrun_do_a_part_each(tmp_path, save, blocks, monkeypatch, unetrkit):
+    path, model = datalist(tmp_path, blocks, 3), save(tmp_path / "model")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, wrote in ((0, "2 label maps"), (1, "1 label map")):
+        monkeypatch.setenv("RANK", str(rank))
+        done = unetrkit("predict", path, tmp_path / "out", "--model", model, "device=cpu")
+        assert done.code == 0 and f"wrote {wrote} in `{tmp_path / 'out'}`, part {rank + 1}/2" in done.err
+        assert ("next: unetrkit evaluate" in done.err) == (rank == 0)
+    assert sorted(hashes(tmp_path / "out")) == [*(f"c{k}.nii.gz" for k in range(3)), "predictions.json"]
+
+
 def test_label_maps_are_the_same_wherever_they_are_made(tmp_path, save, blocks):
     path, model = datalist(tmp_path, blocks, 3), save(tmp_path / "model")
     write(tmp_path / "c1.nii.gz", np.stack([blocks, blocks], -1))

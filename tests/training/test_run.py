@@ -16,12 +16,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from tests.training.volumes import SMALL, four_volumes
 
 from unetrkit.config import load_recipe
 from unetrkit.data.datalist import read_dataset
 from unetrkit.data.files import alone
 from unetrkit.data.fingerprint import make_plan
-from unetrkit.data.plan import override_plan
 from unetrkit.data.prepare import prepare
 from unetrkit.data.store import Store
 from unetrkit.errors import Interrupted, UserError
@@ -35,42 +35,10 @@ from unetrkit.training.learner import build_learner
 from unetrkit.training.log import duration
 from unetrkit.training.run import Patches, TrainSettings, job_of, train
 
-SMALL = [
-    "network=swin_unetr_tiny",
-    "loop.steps=4",
-    "loop.validate_every=2",
-    "loop.save_every=1",
-    "loop.log_every=1",
-    "loop.workers=0",
-    "loop.device=cpu",
-    "optim.lr=1e-3",
-    "sampling.batch_size=1",
-    "validation.overlap=0",
-]
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three volumes to train on and one to validate on, 32 x 32 x 32 in another orientation, two organs."""
-    folder = tmp_path_factory.mktemp("data")
-    affine = np.diag([-2.0, -2.0, 2.5, 1.0])
-    entries = []
-    for n in range(4):
-        label = np.zeros((32, 32, 32), np.uint8)
-        label[6 + n : 16 + n, 8:18, 8:18] = 3
-        label[20:28, 10:20, 12 - n : 22 - n] = 7
-        image = np.random.default_rng(n).normal(0, 20, label.shape) + 100 * (label > 0) + 60 * (label == 7)
-        for kind, array in (("image", image.astype(np.int16)), ("label", label)):
-            nibabel.Nifti1Image(array, affine).to_filename(folder / f"{n}_{kind}.nii.gz")
-        entries.append({"image": f"{n}_image.nii.gz", "label": f"{n}_label.nii.gz"})
-    labels = {"0": "background", "3": "liver", "7": "spleen"}
-    content = {"name": "four", "modality": {"0": "CT"}, "labels": labels}
-    content |= {"training": entries[:3], "validation": entries[3:]}
-    (folder / "dataset.json").write_text(json.dumps(content))
-    dataset = read_dataset(folder / "dataset.json")
-    plan = override_plan(make_plan(dataset, workers=1), ["patch_size=32,32,32", "spacing=2,2,2.5"])
-    prepare(dataset, plan, folder / "store", workers=1)
-    return folder / "store"
+    return four_volumes(tmp_path_factory.mktemp("data"))
 
 
 def settings(store: Path, out: Path, *more: str) -> TrainSettings:

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from unetrkit.cli.app import CORES, DataArgument, On, Outside, Workers, each_on, outside, quoted, say
+from unetrkit.errors import many
 from unetrkit.memory import keep_freed_memory
+from unetrkit.ranks import this_rank
 
 
 def predict(
@@ -38,6 +40,9 @@ def predict(
     from unetrkit.progress import progress
 
     keep_freed_memory()
+    rank = this_rank()
+    if part is None and rank.world > 1:  # what torchrun starts several of
+        part = f"{rank.rank + 1}/{rank.world}"
     settings = apply_overrides(PredictSettings, override or [])
     with progress("predicting") as report_progress:
         labels = predict_cases(
@@ -50,8 +55,9 @@ def predict(
             progress=report_progress,
             each=None if on is None else each_on(on, gpu=settings.device != "cpu"),
         )
-    say(f"wrote {len(labels)} label map{'s' * (len(labels) != 1)} in `{out}`")
-    if scans.suffix in (".json", ".csv"):
+    which = f", part {part}" if part else ""
+    say(f"wrote {many(len(labels), 'label map')} in `{out}`{which}")
+    if rank.first and scans.suffix in (".json", ".csv"):
         words = f"{quoted(out)} {quoted(scans)} REPORT --run {quoted(model[0])}{outside(allow_outside)}"
         say(f"next: unetrkit evaluate {words}")
 

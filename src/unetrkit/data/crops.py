@@ -126,7 +126,9 @@ class Crops(StepBatches):
         return opened
 
     def cases(self, step: int) -> list[str]:
-        places = dict.fromkeys(self._place(step, i) for i in range(self.settings.batch_size))
+        """The cases of a step's batches on all ranks, for messages."""
+        indices = range(self.settings.batch_size * self.rank.world)
+        places = dict.fromkeys(self._place(step, index) for index in indices)
         return [f"{self.sources[k].cases[n]} of {self.sources[k].store}" for k, n in places]
 
     def _batch(self, step: int, unread: Unread) -> Batch:
@@ -138,11 +140,12 @@ class Crops(StepBatches):
             "modality": torch.empty(count, dtype=torch.int64),
         }
         for i in range(count):
-            k, first = self._place(step, i)
+            index = self.rank.rank * count + i
+            k, first = self._place(step, index)
             source = self.opened[k]
 
-            def read(n: int, i: int = i, source: Opened = source) -> tuple[int, Generator, Tensor]:
-                generator = generator_for(self.seed, step, self.rank.rank * count + i)
+            def read(n: int, index: int = index, source: Opened = source) -> tuple[int, Generator, Tensor]:
+                generator = generator_for(self.seed, step, index)
                 corner = draw_crop(generator, source.cases[n], size, settings.centre)
                 image = read_image_patch(source.cases[n], corner, size, source.plan.intensity)
                 return n, generator, image
@@ -153,10 +156,9 @@ class Crops(StepBatches):
             batch["case"][i], batch["modality"][i] = source.first + n, source.modality
         return batch
 
-    def _place(self, step: int, i: int) -> tuple[int, int]:
-        """Source and case of crop i of this rank."""
-        count = self.settings.batch_size
-        crop = (step * self.rank.world + self.rank.rank) * count + i
+    def _place(self, step: int, index: int) -> tuple[int, int]:
+        """Source and case of a crop, counted over the ranks of a step."""
+        crop = step * self.rank.world * self.settings.batch_size + index
         position = crop // self.settings.crops_per_case
         # shuffled, so that the pattern in which sources take turns does not meet that of batches and ranks
         scans = sum(len(source.cases) for source in self.sources)

@@ -10,10 +10,16 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
+from weakref import WeakSet
 
 from unetrkit.errors import UserError, refuse_pipe
 
+# locks are for the process that took them: one that loads data outlives a killed parent for seconds
+HELD: WeakSet[BufferedWriter] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: list(map(BufferedWriter.close, HELD)))
 LARGEST_JSON = 256 * 2**20  # bytes; a data list of 100,000 cases is about 30 MB
 
 
@@ -98,6 +104,7 @@ def alone(lock: Path, otherwise: str, *, shared: bool = False) -> Iterator[None]
 
     with write_problems(lock):
         file = open(lock, "ab")
+    HELD.add(file)
     with file:
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX

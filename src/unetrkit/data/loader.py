@@ -67,7 +67,7 @@ class StepBatches(Dataset[tuple[Batch, Unread] | UserError]):
         raise NotImplementedError
 
     def cases(self, step: int) -> list[str]:
-        """The cases of a step's batch, for messages."""
+        """The cases of a step's batches on all ranks, for messages: whose was at fault no rank knows."""
         raise NotImplementedError
 
     def __getitem__(self, step: int) -> tuple[Batch, Unread] | UserError:
@@ -133,12 +133,12 @@ class Steps(StepBatches):
         return open_cases(self.store, self.names)
 
     def cases(self, step: int) -> list[str]:
-        places = dict.fromkeys(self._case(step, i) for i in range(self.sampling.batch_size))
-        return [self.names[n] for n in places]
+        indices = range(self.sampling.batch_size * self.rank.world)
+        return [self.names[n] for n in dict.fromkeys(self._case(step, index) for index in indices)]
 
-    def _case(self, step: int, i: int) -> int:
-        """Which case patch i of this rank is of."""
-        patch = (step * self.rank.world + self.rank.rank) * self.sampling.batch_size + i
+    def _case(self, step: int, index: int) -> int:
+        """Which case a patch of the step is of, counted over all ranks."""
+        patch = step * self.rank.world * self.sampling.batch_size + index
         return case_at(self.seed, patch // self.sampling.patches_per_case, len(self.names))
 
     def _batch(self, step: int, unread: Unread) -> Batch:
@@ -150,14 +150,15 @@ class Steps(StepBatches):
             "label": torch.empty(count, *size, dtype=torch.uint8),  # b x y z
         }
         for i in range(count):
+            index = self.rank.rank * count + i
 
-            def read(n: int, i: int = i) -> tuple[Generator, Tensor, Tensor]:
-                generator = generator_for(self.seed, step, self.rank.rank * count + i)
+            def read(n: int, index: int = index) -> tuple[Generator, Tensor, Tensor]:
+                generator = generator_for(self.seed, step, index)
                 corner = draw_corner(generator, cases[n], size, self.sampling)
                 return generator, *read_patch(cases[n], corner, size, plan.intensity)
 
             skip = self.sampling.skip_broken
-            generator, image, label = read_one(cases, self._case(step, i), read, skip, unread)
+            generator, image, label = read_one(cases, self._case(step, index), read, skip, unread)
             augmentation = draw_augmentation(generator, self.augment, size, plan.spacing)
             # float16 becomes float32, and a turned view contiguous, in the one copy into the batch
             batch["image"][i] = apply_spatial(augmentation, image)

@@ -30,6 +30,7 @@ from unetrkit.inference.restore import restore
 from unetrkit.inference.sliding_window import Blending, Triple, scores_of, sliding_window
 from unetrkit.memory import peak_memory, was_too_small
 from unetrkit.progress import say
+from unetrkit.ranks import local_rank
 
 AXES = ("x", "y", "z")
 ALL = Choice()
@@ -271,7 +272,7 @@ def _labels(
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

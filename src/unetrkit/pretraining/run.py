@@ -96,7 +96,8 @@ def pretrain(settings: PretrainSettings) -> State:
     job = job_of(settings)
     state = carry_out(job)
     assert isinstance(job.validate, Watch)
-    say(f"look at {write_report(job.out, job.validate.untrained)}")
+    if this_rank().first:
+        say(f"look at {write_report(job.out, job.validate.untrained)}")
     say(job.after)
     return state
 

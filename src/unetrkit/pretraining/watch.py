@@ -17,6 +17,7 @@ from unetrkit.data.sampling import generator_for
 from unetrkit.pretraining.features import Geometry, collapse, geometry, pooled
 from unetrkit.pretraining.pictures import write_picture
 from unetrkit.pretraining.probes import Probe
+from unetrkit.training.distributed import from_first
 from unetrkit.training.learner import Batch
 from unetrkit.training.log import say
 
@@ -51,8 +52,12 @@ class Watch:
     def __call__(self, objective: nn.Module, step: int, show: Callable[[str], None]) -> dict[str, float]:
         """Mean losses by name, the figures of the features, `probe_dice` where there is a probe.
 
-        `collapsed` is 1 where the features are of no use any more, which is also said, else 0.
+        `collapsed` is 1 where the features are of no use any more, which is also said, else 0. Rank 0
+        measures for all: the best must not hang on last digits that two GPUs do not share.
         """
+        return from_first(lambda: self._figures(objective, step, show))
+
+    def _figures(self, objective: nn.Module, step: int, show: Callable[[str], None]) -> dict[str, float]:
         totals: dict[str, float] = {}
         for number, batch in enumerate(_seeded(self.batches, objective)):
             show(f"validating: crops {number + 1} of {len(self.batches)} batches")

@@ -18,7 +18,7 @@ from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.errors import UserError
 from unetrkit.ranks import this_rank
 from unetrkit.training import checkpoint
-from unetrkit.training.distributed import together, wait
+from unetrkit.training.distributed import from_first, together
 from unetrkit.training.guards import explained, memory_used, space_of
 from unetrkit.training.learner import build_learner, device_of, take_step
 from unetrkit.training.log import duration, say
@@ -65,24 +65,27 @@ def carry_out(job: Job) -> State:
     Raises UserError where `out` holds something else, and what `loop.fit` raises.
     """
     out = job.out
-    with together(device_of(job.loop.device)), ExitStack() as stack:
-        if this_rank().first:
+    with ExitStack() as stack:
+
+        def begin() -> None:
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)
             for line in job.about:
                 say(line)
-        wait()
-        state = fit(
-            job.objective,
-            job.batches,
-            out,
-            job.loop,
-            job.optim,
-            validate=job.validate,
-            better=job.better,
-            export=job.export,
-        )
+
+        with together(device_of(job.loop.device)):
+            from_first(begin)
+            state = fit(
+                job.objective,
+                job.batches,
+                out,
+                job.loop,
+                job.optim,
+                validate=job.validate,
+                better=job.better,
+                export=job.export,
+            )
         if this_rank().first:
             _require_export(job, out, state)
     name = job.better.removeprefix("-")

@@ -12,7 +12,6 @@ import torch
 
 from unetrkit.errors import UserError
 from unetrkit.memory import peak_memory, was_too_small
-from unetrkit.ranks import this_rank
 from unetrkit.training.learner import Learner, NotFinite
 from unetrkit.training.optim import OptimSettings, learning_rate
 
@@ -76,10 +75,10 @@ def slow(learner: Learner, batches: Batches) -> str:
     return f"hint: there is no GPU; lower `loop.steps` or `{batches.lower[1]}`" if on_cpu else ""
 
 
-def refuse_lost(folder: Path, saved: dict[str, Any] | None) -> None:
+def refuse_lost(folder: Path, mark: dict[str, Any] | None) -> None:
     """Raises UserError for a run that was under way and has no checkpoint any more."""
     begun = (folder / "metrics.jsonl", folder / "best")
-    if saved is None and any(file.exists() and file.stat().st_size for file in begun):
+    if mark is None and any(file.exists() and file.stat().st_size for file in begun):
         raise UserError(
             f"`{folder}` holds a run that has lost its checkpoints, `last` and `previous`",
             hint="restore one of them, or begin again with another `out`",
@@ -88,8 +87,6 @@ def refuse_lost(folder: Path, saved: dict[str, Any] | None) -> None:
 
 def check_space(learner: Learner, folder: Path) -> None:
     """A full disk is better found before the first step than at the first checkpoint."""
-    if not this_rank().first:
-        return
     there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     needed = space_of(learner) - there
     free = shutil.disk_usage(folder).free

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, islice
 from types import FrameType
 from typing import TypeVar
+
+from unetrkit.ranks import this_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Item = TypeVar("Item")
@@ -37,13 +39,22 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
-    def abandoning(self) -> Iterator[None]:
-        """For work that changes nothing (a validation of many minutes): a signal raises Stop amid it."""
-        self._abandon = True
-        try:
+    def abandoning(self, show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+        """For work that changes nothing (a validation of many minutes): a signal raises Stop amid it.
+
+        Of several ranks, which wait for each other, only where the work calls what this yields for `show`.
+        """
+
+        def watched(line: str) -> None:
             if self.asked:
                 raise Stop
-            yield
+            show(line)
+
+        self._abandon = this_rank().world == 1
+        try:
+            if self._abandon and self.asked:
+                raise Stop
+            yield watched
         finally:
             self._abandon = False
 

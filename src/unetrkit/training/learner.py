@@ -164,6 +164,8 @@ def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise UserError("`loop.device` is cuda, but torch finds no GPU", hint="`loop.device=auto` needs none")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank() >= (found := torch.cuda.device_count()):
+        raise UserError(f"torch finds {found} GPUs, too few", hint=f"`--nproc-per-node={found}`, or fewer")
     return torch.device("cuda", local_rank())
 
 

@@ -18,15 +18,15 @@ from pydantic import Field
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.errors import Interrupted
+from unetrkit.errors import Interrupted, UserError, many
 from unetrkit.ranks import this_rank
 from unetrkit.training import checkpoint
-from unetrkit.training.distributed import anywhere, wait
+from unetrkit.training.distributed import anywhere, from_all, from_first
 from unetrkit.training.guards import cases_of, check_space, explained, refuse_lost, slow, validation_line
 from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
 from unetrkit.training.log import Metrics, Progress, Unwritten, say
-from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.optim import OptimSettings, learning_rate, scaled
 from unetrkit.training.trackers import Mirror, Trackers, mirrored
 
 # measures an objective after so many steps, telling its last argument how far it is
@@ -121,16 +121,20 @@ def fit(
     rank 0 alone writes and speaks. Raises UserError where losses stay not finite or a file cannot be written,
     and Interrupted, after saving, on Ctrl-C and SIGTERM.
     """
+    optim = scaled(optim, settings.accumulate * this_rank().world)
     learner = build_learner(objective, settings, optim)
     course = Course(learner, State(), folder, settings, optim, validate, better, export)
-    saved = course.resume()
+    found = from_all(lambda: (course.resume(), course.state.step))
+    if found != [found[0]] * len(found):
+        raise UserError(f"ranks found different checkpoints in `{folder}`", hint="all must see one `out`")
+    mark = found[0][0]
     if course.state.step == course.state.validated == settings.steps:
         say(f"`{folder}` has done its {settings.steps} steps already")
         return course.state
-    refuse_lost(folder, saved)
-    if saved:
+    refuse_lost(folder, mark)
+    if mark:
         say(f"going on from step {course.state.step} of {settings.steps}")
-    check_space(learner, folder)
+    from_first(lambda: check_space(learner, folder))
     last = settings.steps * settings.accumulate
     patches = batches.size * settings.accumulate * this_rank().world
     with (
@@ -141,7 +145,7 @@ def fit(
         while True:
             start = course.state.step * settings.accumulate
             with (
-                course.metrics(saved, mirror) as metrics,
+                course.metrics(mark, mirror) as metrics,
                 explained(course.state, batches, settings, optim),
                 interruption.shielding(batches(start, last)) as stream,
             ):
@@ -149,7 +153,7 @@ def fit(
                     course.follow(stream, batches.cases, Told(metrics, progress, interruption))
                     return course.state
                 except Retreat:
-                    saved = course.go_back()
+                    mark = course.go_back()
 
 
 class Retreat(Exception):
@@ -190,8 +194,8 @@ class Course:
 
                 # ---- validate, and keep the best
                 if state.step > state.validated and (done or state.step % settings.validate_every == 0):
-                    with interruption.abandoning():
-                        measured = self.measure(progress.show)
+                    with interruption.abandoning(progress.show) as show:
+                        measured = self.measure(show)
                     metrics.write(state.step, "validation", measured)
                     state.validated, unsaved = state.step, True
                     if state.best_step is None or self.score(measured) > self.score(state.best):
@@ -264,42 +268,46 @@ class Course:
         progress.say(f"warning: the {what} is not finite at step {state.step}, left out: cases {names}")
 
     def go_back(self) -> dict[str, Any] | None:
-        """To the last checkpoint, whose content it returns, and on from there at half the rate."""
+        """To the last checkpoint, whose mark of the log it returns, and on from there at half the rate."""
         halved = self.state.halved + 1
-        saved = self.resume()
+        mark = self.resume()
         self.state.halved, self.state.skipped = halved, 0
         say(
             f"warning: {self.settings.skips} steps in a row were not finite: going back to step "
             f"{self.state.step}, at a rate of 1/{2**halved}"
         )
-        return saved
+        return mark
 
     def resume(self) -> dict[str, Any] | None:
-        """Takes over the last checkpoint, and returns it, where there is one."""
+        """Takes over the last checkpoint, where there is one, and returns its mark of the log."""
         saved = checkpoint.load_last(self.folder, warn=say)
-        if saved:
-            self.learner.load_state_dict(saved["learner"])
-            self.state = State(**saved["state"])
-        return saved
+        if saved is None:
+            return None
+        self.learner.load_state_dict(saved["learner"])
+        self.state = State(**saved["state"])
+        before, now = saved.get("ranks", 1), this_rank().world
+        if before != now:
+            say(f"the checkpoint is of {many(before, 'rank')}, not of {now}: no longer bitwise the same")
+        return dict(saved["log"])
 
-    def metrics(self, saved: dict[str, Any] | None, mirror: Mirror) -> Metrics:
+    def metrics(self, mark: dict[str, Any] | None, mirror: Mirror) -> Metrics:
         """The log, as far as the checkpoint knows it."""
         if not this_rank().first:
             return Unwritten()
         upto = {"training": self.state.step, "validation": self.state.validated}
-        return Metrics(self.folder / "metrics.jsonl", upto, saved and saved["log"], mirror)
+        return Metrics(self.folder / "metrics.jsonl", upto, mark, mirror)
 
     def keep_best(self) -> None:
-        content = self._content()
-        if this_rank().first:
-            checkpoint.save(self.folder / "best", content)
+        def keep() -> None:
+            checkpoint.save(self.folder / "best", self._content())
             self.export(self.learner.subject, self.state)
-        wait()
+
+        from_first(keep)
 
     def save(self, metrics: Metrics) -> None:
-        content = self._content()
         if this_rank().first:
-            checkpoint.save_last(self.folder, content | {"log": metrics.sync()})
+            content = self._content() | {"log": metrics.sync(), "ranks": this_rank().world}
+            checkpoint.save_last(self.folder, content)
 
     def _content(self) -> dict[str, object]:
         return {"learner": self.learner.state_dict(), "state": asdict(self.state)}

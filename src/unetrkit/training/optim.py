@@ -28,6 +28,9 @@ class OptimSettings(Settings):
     # "all" is what was published. "weights" spares biases, norms and position tables: of use with a decay a
     # thousand times stronger, as in pre-training; at 1e-5 the two cannot be told apart
     decay: Literal["all", "weights"] = "all"
+    # of `lr` (and `lowest_lr`), by n, the patches of a step over those of one rank's batch: ranks times
+    # `loop.accumulate`. linear: n times (https://arxiv.org/abs/1706.02677), sqrt: its root, usual for Adam
+    scale: Literal["none", "linear", "sqrt"] = "none"
     # of sgd (Nesterov)
     momentum: Fraction = 0.99
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
@@ -64,6 +67,17 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
         "constant": 1.0,
     }[settings.schedule]
     return settings.lowest_lr + (settings.lr - settings.lowest_lr) * left
+
+
+def scaled(settings: OptimSettings, n: int) -> OptimSettings:
+    """With the rates of a step that is `n` times as large as one rank's batch.
+
+    >>> [scaled(OptimSettings(lr=1e-4, scale=how), 4).lr for how in ("none", "linear", "sqrt")]
+    [0.0001, 0.0004, 0.0002]
+    """
+    factor = n ** {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[settings.scale]
+    rates = {"lr": settings.lr * factor, "lowest_lr": settings.lowest_lr * factor}
+    return settings.model_copy(update=rates)
 
 
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:

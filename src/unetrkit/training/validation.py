@@ -63,14 +63,19 @@ class Validation:
     ) -> dict[str, dict[str, float | None]]:
         """Dice by case and organ; None where it is not defined. Ranks share the work."""
         organs = {c.id: c.name for c in self._plan.classes if c.id != 0}
-        scores = {}
         mine = share(self._cases)
-        for number, case in enumerate(mine, 1):
-            show(f"validating {number}/{len(mine)}")
-            prediction = predict_stored(network, case.whole_image(), case.grid, self._plan, self._settings)
-            dice = dice_scores(self._truth(case), prediction, list(organs))
-            scores[case.name] = {organs[organ]: value for organ, value in dice.items()}
-        of_all = {name: dice for part in from_all(scores) for name, dice in part.items()}
+
+        def measured() -> dict[str, dict[str, float | None]]:
+            scores = {}
+            for number, case in enumerate(mine, 1):
+                show(f"validating {number}/{len(mine)}")
+                image = case.whole_image()
+                prediction = predict_stored(network, image, case.grid, self._plan, self._settings)
+                dice = dice_scores(self._truth(case), prediction, list(organs))
+                scores[case.name] = {organs[organ]: value for organ, value in dice.items()}
+            return scores
+
+        of_all = {name: dice for part in from_all(measured) for name, dice in part.items()}
         return {case.name: of_all[case.name] for case in self._cases}
 
     def _truth(self, case: StoredCase) -> np.ndarray:
