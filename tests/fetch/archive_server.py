@@ -16,13 +16,16 @@ from urllib.parse import parse_qs, urlsplit
 
 class Archives:
     """What is served: `files` by path, `answers` in JSON by path. Faults: `cut` ends so many answers after
-    `cut_at` bytes; without `ranges` a file comes from its beginning only. `asked`: every request."""
+    `cut_at` bytes; without `ranges` a file comes from its beginning only; `changed` are headers that replace
+    the right ones, None those that are left out; `moved` leads on by path. `asked`: every request."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.answers: dict[str, Callable[[dict[str, list[str]], bytes], object]] = {}
         self.cut, self.cut_at, self.ranges = 0, 1000, True
         self.refuse: dict[str, int] = {}
+        self.changed: dict[str, str | None] = {}
+        self.moved: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
         self.url = ""
 
@@ -30,6 +33,8 @@ class Archives:
         self.asked.append((path, wanted))
         if path in self.refuse:
             return self.refuse[path], {}, b""
+        if path in self.moved:
+            return 302, {"Location": self.moved[path]}, b""
         if path in self.answers:
             content = self.answers[path](parse_qs(query), body)
             return 200, {}, content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -53,8 +58,10 @@ def serving(archives: Archives) -> Iterator[None]:
                 parts.path, parts.query, self.rfile.read(length), self.headers.get("Range") or ""
             )
             self.send_response(code)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
+            changed = archives.changed if parts.path in archives.files else {}
+            for name, value in ({"Content-Length": str(len(content))} | headers | changed).items():
+                if value is not None:
+                    self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             if parts.path in archives.files and archives.cut:

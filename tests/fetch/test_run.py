@@ -20,7 +20,7 @@ from data.test_dicom import write_series
 from fetch.archive_server import Archives, md5, tar_of, zip_of
 from unetrkit.data.datalist import read_dataset
 from unetrkit.errors import UserError
-from unetrkit.fetch import catalogue
+from unetrkit.fetch import catalogue, sources
 from unetrkit.fetch.catalogue import Published
 from unetrkit.fetch.run import fetch
 from unetrkit.fetch.sources import Hosts
@@ -87,6 +87,13 @@ def test_a_task_of_the_decathlon_and_only_what_is_missing_again(archives, spleen
     fetch("msd-spleen", out, quiet)
     assert (out / "imagesTr/s_1.nii.gz").read_bytes() == spleen["Task09_Spleen/imagesTr/s_1.nii.gz"]
     assert (out / "imagesTr/s_2.nii.gz").stat().st_mtime_ns == kept
+
+    # killed after it was recorded, before it was removed
+    (out / "downloads/Task09_Spleen.tar").write_bytes(b"archive")
+    record = json.loads((out / ".fetched.json").read_text())
+    (out / ".fetched.json").write_text(json.dumps(record | {"complete": False}))
+    fetch("msd-spleen", out, quiet)
+    assert not list((out / "downloads").iterdir())
 
     with pytest.raises(UserError, match="holds another data set"):
         fetch("msd-heart", out, quiet)
@@ -221,6 +228,13 @@ def test_dicom_series_become_nifti_and_subjects_stay_apart(archives, lidc, tmp_p
     assert [path for path, _ in archives.asked] == ["/nbia/getSeries", "/nbia/getImageWithMD5Hash"]
 
 
+@pytest.mark.parametrize("answer", [{"error": "busy"}, ["a"], [{"ImageCount": "many"}], [{"ImageCount": 20}]])
+def test_an_answer_that_lists_no_series(archives, tmp_path, answer):
+    archives.answers["/nbia/getSeries"] = lambda query, body: answer
+    with pytest.raises(UserError, match="is no list of series"):
+        fetch("lidc", tmp_path, quiet, hosts(archives))
+
+
 def test_a_series_that_is_cut_is_asked_for_again(archives, lidc, tmp_path):
     uid, answers = lidc[0]["SeriesInstanceUID"], []
 
@@ -336,6 +350,18 @@ def test_btcv_without_a_registration_says_where_and_how(synapse, tmp_path, monke
     with pytest.raises(UserError, match="knows no user") as caught:
         fetch("btcv", tmp_path, quiet, hosts(synapse))
     assert "register at" in caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_btcv_without_a_connection_says_so(synapse, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RETRIES", 0)
+    nowhere = Hosts(synapse="http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="Synapse gives no answer about `btcv`") as caught:
+        fetch("btcv", tmp_path, quiet, nowhere)
+    synapse.refuse["/repo/v1/entity/syn3379050"] = 500
+    with pytest.raises(UserError, match="Synapse gives no answer about `btcv`"):
+        fetch("btcv", tmp_path, quiet, hosts(synapse))
+    assert "secret" not in caught.value.message + caught.value.hint
 
 
 def test_btcv_without_the_client_names_the_extra(tmp_path, monkeypatch):

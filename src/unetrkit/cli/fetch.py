@@ -26,6 +26,7 @@ def fetch(
 
     if name is None:
         print(catalogue())
+        say("next: unetrkit fetch NAME FOLDER")
         return
     with progress(f"fetching {name}") as report_progress:
         datalist = fetch_dataset(name, out or Path(name), report_progress)

@@ -130,7 +130,9 @@ def encode_label(label: np.ndarray, header: AnyHeader, names: Mapping[int, str],
 
 def encode_image(image: np.ndarray, affine: np.ndarray) -> bytes:
     """A compressed NIfTI file of an image (x, y, z) on a grid in millimetres."""
-    content = nib.Nifti1Image(image, None, new_template(affine)).to_bytes()
+    header = new_template(affine)
+    header.set_data_dtype(image.dtype)
+    content = nib.Nifti1Image(image, None, header).to_bytes()
     return gzip.compress(content, compresslevel=4, mtime=0)
 
 

@@ -133,7 +133,7 @@ def published(name: str) -> Published:
 def catalogue() -> str:
     """A line for each data set: name, size, licence, and whether a user has to do something first."""
     rows = (
-        f"{one.name:19} {one.size_gb:6.1f} GB  {one.licence:22} {'registration  ' if one.first else ' ' * 14}"
+        f"{one.name:19} {one.size_gb:6.2f} GB  {one.licence:22} {'registration  ' if one.first else ' ' * 14}"
         f"{one.page}"
         for one in DATASETS.values()
     )

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -14,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from unetrkit.data.files import atomic_write, sync_folder, write_problems
@@ -26,6 +27,7 @@ ATTEMPTS = 6  # without one new byte, before the user is asked to look at the co
 FIRST_WAIT = 1.0  # seconds; doubled each time
 TIMEOUT = 60  # seconds without a byte
 LARGEST_ANSWER = 256 * 2**20  # bytes of JSON: the series of the largest collection are about 5 MB
+OTHER = "try again; if it stays so, the file behind the address is another one: tell its owner"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CUT = (OSError, http.client.HTTPException)  # OSError: urllib's own errors, resets, timeouts
 
@@ -33,12 +35,17 @@ CUT = (OSError, http.client.HTTPException)  # OSError: urllib's own errors, rese
 @dataclass(frozen=True)
 class Remote:
     """A file to download. url: asked for at every attempt, since signed addresses expire. digest: `md5:…` or
-    `sha256:…`, what its bytes must hash to."""
+    `sha256:…`, what its bytes must hash to. Raises UserError for a name or a digest that is none."""
 
     name: str
     url: Callable[[], str]
     digest: str
     size: int | None = None
+
+    def __post_init__(self) -> None:  # they come from servers
+        plain = re.fullmatch(r"\w[\w.+ -]{0,199}", self.name)
+        if not plain or not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", self.digest):
+            raise UserError(f"a server names a file {self.name!r} of digest {self.digest!r}", hint=OTHER)
 
 
 def download(remote: Remote, folder: Path, progress: Progress) -> Path:
@@ -70,8 +77,7 @@ def download(remote: Remote, folder: Path, progress: Progress) -> Path:
         if not resumed:
             break
     raise UserError(
-        f"`{remote.name}` arrived with the hash {found}, but was published with {remote.digest}",
-        hint="try again; if it stays so, the file behind the address is another one: tell its owner",
+        f"`{remote.name}` arrived with the hash {found}, but was published with {remote.digest}", hint=OTHER
     )
 
 
@@ -109,49 +115,54 @@ def _append(remote: Remote, part: Path, progress: Progress) -> None:
             raise ConnectionError("the part that has arrived is longer than the file") from error
         return
     with answer:
-        if start and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+        if answer.status != 206:
             start = 0  # this server sends files from their beginning only
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else remote.size
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            part.unlink(missing_ok=True)
+            raise ConnectionError("the server sends another part than it was asked for")
+        total = remote.size if answer.length is None else start + answer.length
         if total is not None and remote.size is not None and total != remote.size:
             raise UserError(
-                f"`{remote.name}` has {total} bytes, but was published with {remote.size}",
-                hint="try again; if it stays so, the file behind the address is another one: tell its owner",
+                f"`{remote.name}` has {total} bytes, but was published with {remote.size}", hint=OTHER
             )
         check_space(part.parent, (total or 0) - start)
         with write_problems(part):
-            file = open(part, "r+b" if start else "wb")
+            file = open(part, "r+b" if start else "wb", buffering=0)
         with file:
             file.seek(start)
             while piece := answer.read(PIECE):
-                with write_problems(part):
-                    file.write(piece)
                 start += len(piece)
-                progress(start, total or max(start, 1), remote.name)
+                if total is not None and start > total:  # an answer without a length may have no end
+                    raise UserError(f"`{remote.name}` has more than its {total} bytes", hint=OTHER)
+                write_all(file, piece, part)
+                progress(start, total or start, remote.name)
             with write_problems(part):
-                file.flush()
                 os.fsync(file.fileno())
     if total is not None and start < total:  # http.client ends a cut answer like a complete one
         raise ConnectionError(f"the connection ended after {start} of {total} bytes")
 
 
 def open_url(url: str, headers: Mapping[str, str]) -> Any:
-    """The answer to a GET. Only HTTPS, but on the loopback."""
+    """The answer to a GET. Only HTTPS, wherever it is led on to, but on the loopback."""
     _require_https(url)
     request = urllib.request.Request(url)  # noqa: S310
     for name, value in {"User-Agent": "unetrkit", **headers}.items():
         request.add_header(name, value)
     try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
+        return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         raise
-    try:
-        _require_https(answer.url)
-    except UserError:
-        answer.close()
-        raise
-    return answer
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request: Any, answer: Any, code: int, why: str, headers: Any, url: str) -> Any:
+        try:
+            _require_https(url, loopback=request.type == "http")
+        except UserError:
+            answer.close()
+            raise
+        return super().redirect_request(request, answer, code, why, headers, url)
 
 
 def get_json(url: str, what: str, headers: Mapping[str, str] | None = None) -> Any:
@@ -160,8 +171,10 @@ def get_json(url: str, what: str, headers: Mapping[str, str] | None = None) -> A
         try:
             with open_url(url, headers or {}) as answer:
                 content = answer.read(LARGEST_ANSWER)
+                if answer.length:  # http.client ends a cut answer like a complete one
+                    raise ConnectionError("the answer is cut, or far too long")
             return json.loads(content) if content.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the answer about {what} is not JSON", hint=f"look at {url}") from error
         except CUT as problem:
             refuse_answer(problem, what)
@@ -176,11 +189,10 @@ def get_zip(url: str, path: Path, what: str) -> None:
     for attempt in range(ATTEMPTS):
         try:
             with write_problems(path):
-                file = open(path, "wb")
+                file = open(path, "wb", buffering=0)
             with file, open_url(url, {}) as answer:
                 while piece := answer.read(PIECE):
-                    with write_problems(path):
-                        file.write(piece)
+                    write_all(file, piece, path)
             if not zipfile.is_zipfile(path):  # its directory is at its end
                 raise ConnectionError("the connection ended amid the archive")
             return
@@ -204,6 +216,8 @@ def refuse_answer(problem: BaseException, what: str) -> None:
 
 def reason(problem: BaseException) -> str:
     """What went wrong, without the address, which may be a signed one."""
+    if isinstance(problem, http.client.InvalidURL):
+        return "its address is none"
     inner = getattr(problem, "reason", None)
     return str(inner if inner is not None else problem) or type(problem).__name__
 
@@ -215,13 +229,21 @@ def hash_of(path: Path, digest: str) -> str:
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
 
+def write_all(file: IO[bytes], piece: bytes, path: Path) -> None:
+    """Writes to a file without a buffer: what a full disk has left in one would fail once more at its end."""
+    with write_problems(path):
+        left = memoryview(piece)
+        while left:
+            left = left[file.write(left) :]
+
+
 def write_json(path: Path, value: object) -> None:
     atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _require_https(url: str) -> None:
+def _require_https(url: str, *, loopback: bool = True) -> None:
     parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+    if parts.scheme != "https" and not (loopback and parts.scheme == "http" and parts.hostname in LOOPBACK):
         raise UserError(
             f"`{parts.scheme}://{parts.hostname}` is not HTTPS", hint="data are downloaded over HTTPS only"
         )

@@ -52,6 +52,7 @@ def _fetch_archives(data: Published, out: Path, progress: Progress, hosts: Hosts
         return
     for remote in remotes(data, hosts):
         if remote.name in whole:
+            (out / "downloads" / remote.name).unlink(missing_ok=True)  # of a process killed before it did
             continue
         archive = download(remote, out / "downloads", progress)
         names = unpack(archive, out, lambda inner: place(data, inner))

@@ -54,15 +54,17 @@ def series_of(data: Published, host: str, downloads: Path) -> list[Series]:
     found = []
     for collection, modality in data.what:
         query = urlencode({"Collection": collection, "Modality": modality})
-        for row in get_json(f"{host}getSeries?{query}", f"the series of {collection}"):
-            if int(row.get("ImageCount") or 0) >= FEW:
-                found.append(
-                    Series(
-                        str(row["PatientID"]),
-                        str(row["SeriesInstanceUID"]),
-                        partial(_downloaded, host, str(row["SeriesInstanceUID"])),
-                    )
-                )
+        rows = get_json(f"{host}getSeries?{query}", f"the series of {collection}")
+        try:
+            listed = [
+                (str(row["PatientID"]), str(row["SeriesInstanceUID"]))
+                for row in rows
+                if int(row.get("ImageCount") or 0) >= FEW
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            hint = f"look at {data.page}"
+            raise UserError(f"the answer about {collection} is no list of series", hint=hint) from error
+        found += [Series(subject, uid, partial(_downloaded, host, uid)) for subject, uid in listed]
     if not found:
         hint = data.first or f"look at {data.page}"
         raise UserError(f"TCIA lists no series of `{data.name}`", hint=hint)
@@ -112,7 +114,7 @@ def _downloaded(host: str, uid: str, out: Path) -> Iterator[Path]:
         names = unpack(archive, work / "files", lambda path: path.name)
         sums = [work / "files" / name for name in names if name.lower().startswith("md5")]
         slices = [work / "files" / name for name in names if name.lower().endswith(".dcm")]
-        stated = re.findall(r"\b[0-9a-f]{32}\b", " ".join(one.read_text().lower() for one in sums))
+        stated = re.findall(r"\b[0-9a-f]{32}\b", " ".join(one.read_text("latin-1").lower() for one in sums))
         there = [hashlib.md5(one.read_bytes(), usedforsecurity=False).hexdigest() for one in slices]
         if not stated or sorted(stated) != sorted(there):
             raise UserError(

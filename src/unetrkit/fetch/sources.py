@@ -14,6 +14,8 @@ from unetrkit.errors import MissingExtra, UserError
 from unetrkit.fetch.catalogue import NBIA, ZENODO, Published
 from unetrkit.fetch.download import Remote, get_json
 
+RETRIES = 5  # of a question to Synapse, with waits that double: half a minute
+
 
 @dataclass(frozen=True)
 class Hosts:
@@ -61,19 +63,21 @@ def _synapse_client(data: Published, endpoint: str | None) -> Any:
     """A client of a user who is logged in: its own library finds the token, which we never see."""
     try:
         import synapseclient
-        from synapseclient.core.exceptions import SynapseAuthenticationError, SynapseHTTPError
+        from synapseclient.client import STANDARD_RETRY_PARAMS
+        from synapseclient.core.exceptions import SynapseAuthenticationError
     except ImportError as error:
         raise MissingExtra(f"fetching `{data.name}`", "fetch") from error
     quiet = logging.getLogger("synapseclient_silent")
+    STANDARD_RETRY_PARAMS["retries"] = RETRIES  # as it is made it tries for half an hour without a word
     client = synapseclient.Synapse(skip_checks=True, silent=True, cache_client=False)
     client.logger = quiet  # it says whose account it is
     if endpoint is not None:
         client.setEndpoints(
-            f"{endpoint}repo/v1", f"{endpoint}auth/v1", f"{endpoint}file/v1", portalEndpoint=endpoint
+            f"{endpoint}repo/v1", f"{endpoint}auth/v1", f"{endpoint}file/v1", endpoint, skip_checks=True
         )
     try:
-        client.login(silent=True)
-    except (SynapseAuthenticationError, SynapseHTTPError) as error:
+        _asked(data, lambda: client.login(silent=True))
+    except SynapseAuthenticationError as error:
         # without its words, which may hold the token
         raise UserError(f"Synapse knows no user for `{data.name}`", hint=data.first) from error
     return client
@@ -107,11 +111,12 @@ def _synapse(data: Published, client: Any, entity: str) -> Remote:
     )
 
 
-def _asked(data: Published, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    from synapseclient.core.exceptions import SynapseHTTPError
-
+def _asked(data: Published, question: Callable[[], Any]) -> Any:
     try:
         return question()
-    except SynapseHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
-        raise UserError(f"Synapse refuses `{data.name}`: {status}", hint=data.first) from error
+    except OSError as error:  # those of its HTTP library, too
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status in range(400, 500):
+            raise UserError(f"Synapse refuses `{data.name}`: {status}", hint=data.first) from error
+        hint = "run the command again when the connection is back; what has arrived is kept"
+        raise UserError(f"Synapse gives no answer about `{data.name}`", hint=hint) from error

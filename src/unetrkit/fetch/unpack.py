@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
+import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,16 +15,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Self
 
 from unetrkit.data.files import sync_folder, write_problems
 from unetrkit.errors import UserError
-from unetrkit.fetch.download import check_space
+from unetrkit.fetch.download import check_space, write_all
 
 MEMBERS = 500_000  # more files than any of the data sets
 EXPANSION = 30  # times an archive's own size; CT slices shrink to a third at best
 SMALL = 100 * 2**20  # bytes that any archive may grow to
-LITTER = ("__MACOSX", ".DS_Store")
+LARGEST_HEADER = 2**20  # bytes; of a long name they are some hundreds
+LITTER = ("__MACOSX", ".DS_Store", "Icon\r")
+
+# what reading raises: each compression has errors of its own, and a damaged header any
+DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
+    ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,13 @@ def unpack(archive: Path, target: Path, place: Callable[[PurePosixPath], str | N
             if name is None:
                 continue
             _inside(archive, name)
-            if name.casefold() in placed:
+            key = unicodedata.normalize("NFC", name).casefold()  # one file where a file system sees one name
+            if key in placed:
                 raise _refused(archive, f"holds `{name}` twice")
-            placed[name.casefold()] = (name, member)
+            placed[key] = (name, member)
+        for key, (name, _) in placed.items():
+            if any(str(folder) in placed for folder in PurePosixPath(key).parents):
+                raise _refused(archive, f"holds a file where `{name}` needs a folder")
         with write_problems(target):
             target.mkdir(parents=True, exist_ok=True)
         check_space(target, sum(member.size for _, member in placed.values()))
@@ -69,7 +83,7 @@ def _open(archive: Path) -> Iterator[list[Member]]:
             with zipfile.ZipFile(archive) as file:
                 yield _checked(archive, _zip_members(archive, file), limit)
         else:
-            with tarfile.open(archive) as file:
+            with tarfile.open(archive, tarinfo=_Header) as file:
                 yield _checked(archive, _tar_members(archive, file, limit), limit)
 
 
@@ -77,11 +91,11 @@ def _checked(archive: Path, members: Iterator[Member], limit: int) -> list[Membe
     found: list[Member] = []
     total = 0
     for member in members:
-        _inside(archive, str(member.path))
         total += member.size
         if len(found) >= MEMBERS or total > limit:
             raise _refused(archive, f"unpacks to more than {limit / 1e9:.1f} GB or {MEMBERS} files")
         if not any(part in LITTER or part.startswith("._") for part in member.path.parts):
+            _inside(archive, str(member.path))
             found.append(member)
     return found
 
@@ -92,22 +106,32 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[Member]:
         if entry.is_dir():
             continue
         if kind not in (0, stat.S_IFREG):
-            raise _refused(archive, f"holds a link or a device, `{entry.filename}`")
+            raise _refused(archive, f"holds a link or a device, {entry.filename!r}")
         if entry.flag_bits & 1:
             raise _refused(archive, "is encrypted")
         yield Member(PurePosixPath(entry.filename), entry.file_size, partial(file.open, entry))
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar archive: tarfile reads long names and extended headers into memory as a whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.size < 0 or (entry.size > LARGEST_HEADER and entry.type in b"xgXLK"):
+            raise tarfile.ReadError(f"a header of {entry.size} bytes")
+        return entry
+
+
 def _tar_members(archive: Path, file: tarfile.TarFile, limit: int) -> Iterator[Member]:
-    for (
-        entry
-    ) in file:  # of a compressed archive this expands everything before an entry: the bound comes first
+    for entry in file:
+        # to get here, everything before an entry of a compressed archive was expanded
         if entry.offset > limit:
             raise _refused(archive, f"unpacks to more than {limit / 1e9:.1f} GB")
         if entry.isdir():
             continue
         if not entry.isreg():
-            raise _refused(archive, f"holds a link or a device, `{entry.name}`")
+            raise _refused(archive, f"holds a link or a device, {entry.name!r}")
         yield Member(PurePosixPath(entry.name), entry.size, partial(_extracted, file, entry))
 
 
@@ -120,9 +144,9 @@ def _extracted(file: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
 def _inside(archive: Path, name: str) -> None:
     """Raises UserError for a name that is not of a file under the target, on any system."""
     path = PurePosixPath(name)
-    odd = any(character in name for character in "\\:\0") or not path.parts
+    odd = any(character in name for character in "\\:") or not name.isprintable() or not path.parts
     if odd or path.is_absolute() or ".." in path.parts:
-        raise _refused(archive, f"holds `{name}`, which leads out of the folder")
+        raise _refused(archive, f"holds {name!r}, which leads out of the folder or is no plain name")
 
 
 def _write(archive: Path, member: Member, path: Path) -> None:
@@ -130,22 +154,24 @@ def _write(archive: Path, member: Member, path: Path) -> None:
     left = member.size
     with write_problems(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        out = open(temporary, "wb")
-    with out, member.open() as content:
-        while piece := content.read(min(2**20, left + 1)):
-            left -= len(piece)
-            if left < 0:
-                raise _refused(archive, f"holds more of `{member.path}` than it declares")
+        out = open(temporary, "wb", buffering=0)
+    try:
+        with out, member.open() as content:
+            while piece := content.read(min(2**20, left + 1)):
+                left -= len(piece)
+                if left < 0:
+                    raise _refused(archive, f"holds more of `{member.path}` than it declares")
+                write_all(out, piece, path)
             with write_problems(path):
-                out.write(piece)
+                os.fsync(out.fileno())
+        if left:
+            raise _refused(archive, f"ends amid `{member.path}`")
         with write_problems(path):
-            out.flush()
-            os.fsync(out.fileno())
-    if left:
-        raise _refused(archive, f"ends amid `{member.path}`")
-    with write_problems(path):
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -155,7 +181,7 @@ def _damage(archive: Path) -> Iterator[None]:
     except NotImplementedError as error:  # Deflate64, which Windows writes
         hint = "unpack it with 7-Zip, and give the folder to `unetrkit check`"
         raise UserError(f"`{archive}` is compressed in a way that Python cannot read", hint=hint) from error
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except DAMAGE as error:
         raise _refused(archive, f"is damaged or no archive: {error}") from error
 
 

@@ -51,7 +51,9 @@ def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
     Raises MissingExtra where a package is not installed.
     """
     for asked in names:
-        if not all(find_spec(package) for package in PACKAGES[asked]):
+        served = asked == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ
+        # mlflow-skinny, which Azure ML's jobs have, writes to a server alone and needs no database
+        if not all(find_spec(package) for package in PACKAGES[asked][: 1 if served else None]):
             raise MissingExtra(f"`loop.trackers`: {asked}", asked)
     wanted: list[str] = list(dict.fromkeys(names)) if os.environ.get("RANK", "0") == "0" else []
     saved = _read(folder / RECORD)
@@ -63,7 +65,8 @@ def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
             return work()
         except Exception as error:  # whatever a tracker raises must not end days of training
             trackers.pop(name, None)
-            say(f"warning: {name} does not take the run's records: {error}; training goes on without it")
+            why = re.sub(r"//[^/\s]*@", "//", str(error))  # an address may hold a password
+            say(f"warning: {name} does not take the run's records: {why}; training goes on without it")
             return None
 
     def save(name: str) -> None:
