@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -65,28 +66,31 @@ def test_one_run_of_the_harness(store: Path, tmp_path: Path) -> None:
 
 
 def killed(store: Path, folder: Path, run: tuple[str, int, int], times: int) -> int:
-    """Runs it whole, and again with so many kills, each at a random moment of its time. How many hit it."""
+    """Runs it whole, and again with so many kills, each at a random moment of its work. How many hit it."""
     what, workers, world = run
-    began = time.monotonic()
-    codes, words = ranks(world, folder / "log", command(what, store, folder / "whole" / "run", workers))
-    assert codes == [0] * world, words
-    seconds = time.monotonic() - began
+    log, again = folder / "log", command(what, store, folder / "killed" / "run", workers)
+    for _ in range(2):  # the first time imports torch
+        start = seconds_of(world, log, idle)
+    work = seconds_of(world, log, command(what, store, folder / "whole" / "run", workers)) - start
     chance, kills = random.Random(f"{run}"), 0
-    again = command(what, store, folder / "killed" / "run", workers)
-    for _ in range(times * 3):
-        processes = started(world, folder / "log", again)
-        processes[0].join(chance.uniform(0.2, 1) * seconds)
+    for _ in range(times * 4):
+        processes = started(world, log, again)
+        processes[0].join(start + chance.uniform(0, 2 * work / (times + 1)))
         # one of them, as when its machine is lost, which the others must notice, or all, as in a power cut
         lost = processes if chance.random() < 0.5 else [chance.choice(processes)]
-        kills += any(process.exitcode is None for process in lost)
-        for process in lost:
+        alive = [process for process in lost if process.exitcode is None]
+        kills += bool(alive)
+        for process in alive:
             process.kill()
         for process in processes:
             process.join(600)
-            assert process.exitcode is not None, said(folder / "log", world)
+            assert process.exitcode is not None, said(log, world)
         if kills == times:
             break
-    codes, words = ranks(world, folder / "log", again)
+        if not alive:  # it has been done already: from the beginning
+            shutil.rmtree(folder / "killed")
+    assert kills == times
+    codes, words = ranks(world, log, again)
     assert codes == [0] * world, words
     left = [name for name in LEFT if (folder / "whole" / "run" / name).exists()]
     assert len(left) >= 4
@@ -94,3 +98,14 @@ def killed(store: Path, folder: Path, run: tuple[str, int, int], times: int) -> 
         whole, other = (folder / how / "run" / name for how in ("whole", "killed"))
         assert whole.read_bytes() == other.read_bytes(), name
     return kills
+
+
+def seconds_of(world: int, log: Path, work: Callable[[], None]) -> float:
+    began = time.monotonic()
+    codes, words = ranks(world, log, work)
+    assert codes == [0] * world, words
+    return time.monotonic() - began
+
+
+def idle() -> None:
+    """What starting takes."""
