@@ -67,12 +67,10 @@ class Batches(Protocol):
     """Where batches come from: those of `start` to `stop` - 1, and the names of the cases in one of them."""
 
     @property
-    def size(self) -> int:
-        """Patches in a batch."""
+    def size(self) -> int: ...  # patches in a batch
 
     @property
-    def lower(self) -> tuple[str, str]:
-        """The settings to lower where they are too many, or too large."""
+    def lower(self) -> tuple[str, str]: ...  # settings to lower where they are too many, or too large
 
     def __call__(self, start: int, stop: int) -> Generator[Batch]: ...
 
