@@ -115,9 +115,9 @@ def fit(
     """Trains `objective` up to `settings.steps` in `folder`, going on from the checkpoint that is there.
 
     validate: measures an objective; the larger its value named `better`, the better; of "-loss" the smaller.
-    export: called with the best objective so far. Where torchrun started several processes they train as one:
-    rank 0 alone writes and speaks. Raises UserError where losses stay not finite or a file cannot be written,
-    and Interrupted, after saving, on Ctrl-C and SIGTERM.
+    export: called with the best objective so far. Several processes of torchrun train as one: rank 0 alone
+    writes and speaks. Raises UserError where losses stay not finite or a file cannot be written, Interrupted,
+    after saving, on Ctrl-C and SIGTERM.
     """
     optim = scaled(optim, settings.accumulate * this_rank().world)
     learner = build_learner(objective, settings, optim)
@@ -133,7 +133,6 @@ def fit(
     if mark:
         say(f"going on from step {course.state.step} of {settings.steps}")
     from_first(lambda: check_space(learner, folder))
-    last = settings.steps * settings.accumulate
     patches = batches.size * settings.accumulate * this_rank().world
     with (
         Progress(course.state.step, settings.steps, patches, slow(learner, batches)) as progress,
@@ -141,11 +140,11 @@ def fit(
         Interruption() as interruption,
     ):
         while True:
-            start = course.state.step * settings.accumulate
+            start, stop = (step * settings.accumulate for step in (course.state.step, settings.steps))
             with (
                 course.metrics(mark, mirror) as metrics,
                 explained(course.state, batches, settings, optim),
-                interruption.shielding(batches(start, last)) as stream,
+                interruption.shielding(batches(start, stop)) as stream,
             ):
                 try:
                     course.follow(stream, batches.cases, Told(metrics, progress, interruption))
