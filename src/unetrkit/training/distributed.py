@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,11 @@ def together(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps one store for all attempts: without a part of its own a restart waits for the dead (2.13)
+    store = dist.PrefixStore("unetrkit/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         with warnings.catch_warnings():  # each rank would say what no user can change
             warnings.filterwarnings("ignore", "`broadcast_buffers`|Grad strides do not match")
