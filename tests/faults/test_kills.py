@@ -73,9 +73,9 @@ def killed(store: Path, folder: Path, run: tuple[str, int, int], times: int) -> 
         start = seconds_of(world, log, idle)
     work = seconds_of(world, log, command(what, store, folder / "whole" / "run", workers)) - start
     chance, kills = random.Random(f"{run}"), 0
-    for _ in range(times * 4):
+    for _ in range(times * 10):  # where it ends first, it was no kill
         processes = started(world, log, again)
-        processes[0].join(start + chance.uniform(0, 2 * work / (times + 1)))
+        processes[0].join(start + chance.uniform(0, work / (times + 1)))
         # one of them, as when its machine is lost, which the others must notice, or all, as in a power cut
         lost = processes if chance.random() < 0.5 else [chance.choice(processes)]
         alive = [process for process in lost if process.exitcode is None]
