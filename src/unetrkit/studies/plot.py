@@ -24,12 +24,12 @@ def draw(results: Results) -> bytes:
         dice, differences = figure.subplots(1, 2, sharey=not several)
         for place, row in enumerate(results.study.rows):
             lines = [line for line in results.lines if line.row == row]
+            colour = COLOURS[place % len(COLOURS)] if several else ACCENT
             for line in lines:
                 _runs(dice, line, _place(results, line, place), several)
-                _difference(differences, line, _place(results, line, place), several)
+                _difference(differences, line, _place(results, line, place), colour, several)
             if several and lines:
                 middle = [_place(results, line, place) for line in lines]
-                colour = COLOURS[place % len(COLOURS)]
                 dice.plot(middle, [line.dice for line in lines], color=colour, linewidth=1.4, label=row)
         reference = results.study.rows[0]
         (differences.axhline if several else differences.axvline)(0, color=INK, linewidth=0.8, zorder=1)
@@ -71,11 +71,11 @@ def _runs(axes: Axes, line: Line, place: float, upright: bool) -> None:
         axes.plot([line.dice] * 2, [place - 0.25, place + 0.25], color=ACCENT, linewidth=2, zorder=2)
 
 
-def _difference(axes: Axes, line: Line, place: float, upright: bool) -> None:
+def _difference(axes: Axes, line: Line, place: float, colour: str, upright: bool) -> None:
     if line.comparison is None or math.isnan((found := line.comparison.difference).mean):
         return
     mean, low, high = found.mean, found.low, found.high
-    style: dict[str, Any] = {"fmt": "o", "color": ACCENT, "markersize": 4.5, "elinewidth": 1.4, "capsize": 3}
+    style: dict[str, Any] = {"fmt": "o", "color": colour, "markersize": 4.5, "elinewidth": 1.4, "capsize": 3}
     errors = None if math.isnan(low) else [[mean - low], [high - mean]]
     if upright:
         axes.errorbar([place], [mean], yerr=errors, **style)
