@@ -11,7 +11,6 @@ import copy
 import hashlib
 import importlib
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tests.two_processes import run_two
 from torch import Tensor, nn
 
 from unetrkit.networks import NETWORKS, PRETRAINING_NETWORKS, build, build_pretraining
@@ -124,17 +124,7 @@ def trained_apart() -> dict[str, Callable[[], nn.Module]]:
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    program = [sys.executable, __file__, "process", str(tmp_path / "meeting")]
-    processes = [
-        subprocess.Popen([*program, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    said = run_two(__file__, "process", tmp_path / "meeting")
     for text in said:
         assert text.split() == list(trained_apart())
 

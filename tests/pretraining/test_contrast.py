@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.two_processes import run_two
 from torch import Tensor, nn
 
 from unetrkit.pretraining.contrast import ContrastSettings, contrast, gathered, nt_xent
@@ -100,17 +100,7 @@ def test_settings_choose_the_negatives() -> None:
 
 
 def test_two_processes_contrast_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    program = [sys.executable, "-W", "error::FutureWarning", __file__, str(tmp_path / "meeting")]
-    processes = [
-        subprocess.Popen([*program, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    said = run_two("-W", "error::FutureWarning", __file__, tmp_path / "meeting")
     assert [text.split()[-1] for text in said] == ["equal", "equal"], "\n".join(said)
 
 

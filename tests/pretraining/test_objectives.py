@@ -7,13 +7,13 @@ joins by itself, at the sizes of `SMALL`.
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.two_processes import run_two
 from torch import Tensor, nn
 
 from unetrkit.config import settings_from, to_yaml
@@ -233,17 +233,7 @@ def test_crops_of_one_volume_are_negatives_only_as_published() -> None:
 
 
 def test_two_processes_train_every_objective(tmp_path: Path) -> None:
-    program = [sys.executable, "-W", "ignore", __file__, str(tmp_path / "meeting")]
-    processes = [
-        subprocess.Popen([*program, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    said = run_two("-W", "ignore", __file__, tmp_path / "meeting")
     assert said[0].split() == said[1].split() and len(said[0].split()) == 2 * len(OBJECTIVES)
 
 
