@@ -21,7 +21,7 @@ from unetrkit.errors import ExitCode, Interrupted, UserError
 from unetrkit.networks import build
 from unetrkit.pretraining.run import PretrainSettings, pretrain
 from unetrkit.ranks import this_rank
-from unetrkit.training.distributed import from_all, together
+from unetrkit.training.distributed import anywhere, from_all, means, together
 from unetrkit.training.learner import build_learner, take_step
 from unetrkit.training.loop import LoopSettings, fit
 from unetrkit.training.optim import OptimSettings
@@ -151,3 +151,11 @@ def first_gradient(store: Path, file: Path, batch: int) -> None:
         take_step(learner, stream, 0, 1e-4, settings.loop)
         gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         torch.save(gradient, file.with_name(f"{file.name}-{this_rank().rank}"))
+
+
+def mean_and_any(file: Path) -> None:
+    """Leaves what the ranks make of numbers and flags that differ between them, as `file`-RANK."""
+    cpu, rank = torch.device("cpu"), this_rank().rank
+    with together(cpu):
+        flags = [anywhere(flag, cpu) for flag in (False, rank == 1)]
+        torch.save([*means(torch.tensor([3.0 * rank, 5.0])).tolist(), *flags], f"{file}-{rank}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.several import cubes, first_gradient, pretrained, ranks
+from tests.training.several import cubes, first_gradient, mean_and_any, pretrained, ranks
 from tests.training.volumes import SMALL, four_volumes
 
 from unetrkit.errors import UserError
@@ -78,6 +78,12 @@ def test_two_ranks_with_one_patch_have_the_gradient_of_one_with_two(store: Path,
     assert torch.equal(first, second) and len(one) > 1e6
     # in float64: in float32 the rounding of the norms' gradients is 1e-4 of it already
     assert (first - one).abs().max() < 1e-6 * one.abs().max()
+
+
+def test_what_is_logged_is_the_mean_of_ranks_and_what_one_wants_all_do(tmp_path: Path) -> None:
+    assert ranks(2, tmp_path / "log", mean_and_any, tmp_path / "found")[0] == [0, 0]
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"found-{rank}") == [1.5, 5.0, False, True]
 
 
 def test_ranks_have_the_same_weights_and_share_what_they_measure(tmp_path: Path) -> None:
