@@ -1,7 +1,5 @@
 """Learning from scans without labels: the objectives, by name, that train a network to restore them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from unetrkit.config import Settings
-from unetrkit.pretraining import disruptive_autoencoder, masked_autoencoder, swin_heads, vit_autoencoder
+from unetrkit.pretraining import disruptive_autoencoder as dae
+from unetrkit.pretraining import masked_autoencoder as mae
+from unetrkit.pretraining import swin_heads, vit_autoencoder
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,14 @@ class Objective:
 
 SWIN = ("swin_unetr_tiny", "swin_unetr_small", "swin_unetr_base")
 
+PRIMUS = ("primus_s", "primus_b", "primus_m", "primus_l")
+
 OBJECTIVES: dict[str, Objective] = {
-    "vit_autoencoder": Objective(
-        vit_autoencoder.ViTAutoencoderSettings, vit_autoencoder.build, vit_autoencoder.PUBLISHED, ("unetr",)
-    ),
-    "swin_heads": Objective(swin_heads.SwinHeadsSettings, swin_heads.build, swin_heads.PUBLISHED, SWIN),
-    "disruptive_autoencoder": Objective(
-        disruptive_autoencoder.DisruptiveAutoencoderSettings,
-        disruptive_autoencoder.build,
-        disruptive_autoencoder.PUBLISHED,
-        SWIN,
-    ),
-    "masked_autoencoder": Objective(
-        masked_autoencoder.MaskedAutoencoderSettings,
-        masked_autoencoder.build,
-        masked_autoencoder.PUBLISHED,
-        ("unetr", "primus_s", "primus_b", "primus_m", "primus_l"),
-    ),
+    name: Objective(settings, module.build, module.PUBLISHED, networks)
+    for name, module, settings, networks in (
+        ("vit_autoencoder", vit_autoencoder, vit_autoencoder.ViTAutoencoderSettings, ("unetr",)),
+        ("swin_heads", swin_heads, swin_heads.SwinHeadsSettings, SWIN),
+        ("disruptive_autoencoder", dae, dae.DisruptiveAutoencoderSettings, SWIN),
+        ("masked_autoencoder", mae, mae.MaskedAutoencoderSettings, ("unetr", *PRIMUS)),
+    )
 }

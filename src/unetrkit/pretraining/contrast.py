@@ -3,8 +3,6 @@
 Chen et al. 2020, https://arxiv.org/abs/2002.05709
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import torch
@@ -73,8 +71,7 @@ def gathered(tensor: Tensor) -> Tensor:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or not torch.is_grad_enabled():
         return tensor
-    whole: Tensor = _Gather.apply(tensor)
-    return whole
+    return _Gather.apply(tensor)
 
 
 class _Gather(torch.autograd.Function):

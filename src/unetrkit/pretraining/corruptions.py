@@ -3,8 +3,6 @@
 Drawn on the CPU as plain data, so that no GPU is waited for, then applied to a batch on its own device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,12 +27,7 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def draw_boxes(
-    generator: torch.Generator,
-    count: int,
-    size: Size,
-    sides: tuple[float, float],
-    *,
-    growing: bool = False,
+    generator: torch.Generator, count: int, size: Size, sides: tuple[float, float], *, growing: bool = False
 ) -> list[Box]:
     """`count` boxes that lie within `size`, their sides drawn for each axis from a range of shares of it.
 
@@ -46,14 +39,10 @@ def draw_boxes(
     for numbers in torch.rand(count, 2, 3, generator=generator, dtype=torch.float64).tolist():
         side = [low + int(u * (high - low + 1)) for u, low, high in zip(numbers[0], least, most, strict=True)]
         start = [int(u * (extent - edge + 1)) for u, extent, edge in zip(numbers[1], size, side, strict=True)]
-        boxes.append(_box(start, side))
+        x, y, z = (slice(first, first + edge) for first, edge in zip(start, side, strict=True))
+        boxes.append((x, y, z))
         least = side if growing else least
     return boxes
-
-
-def _box(start: Size, side: Size) -> Box:
-    x, y, z = (slice(first, first + extent) for first, extent in zip(start, side, strict=True))
-    return x, y, z
 
 
 def painted(boxes: Sequence[Box], size: Size) -> np.ndarray:

@@ -3,8 +3,6 @@
 Valanarasu et al. 2023, https://arxiv.org/abs/2307.16896
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import sqrt
 from typing import Annotated, Any, Literal
@@ -19,6 +17,7 @@ from unetrkit.networks import build_pretraining
 from unetrkit.networks.blocks import EncoderDecoder
 from unetrkit.networks.convolution import arranged
 from unetrkit.networks.swin import SwinEncoder
+from unetrkit.networks.windows import Size
 from unetrkit.pretraining.contrast import gathered
 from unetrkit.pretraining.corruptions import add_noise, coarsen, draw_seed, generator_of_step
 from unetrkit.pretraining.masking import draw_hidden, in_voxels
@@ -165,12 +164,9 @@ def published_contrast(features: Tensor, modality: Tensor) -> Tensor:
 
 
 def build(
-    in_channels: int,
-    image_size: tuple[int, int, int],
-    network_options: Mapping[str, Any],
-    settings: DisruptiveAutoencoderSettings,
+    in_channels: int, image_size: Size, options: Mapping[str, Any], settings: DisruptiveAutoencoderSettings
 ) -> DisruptiveAutoencoder:
     """The objective with a new network. Raises UserError for an option that the network cannot have."""
-    network = build_pretraining("swin_unetr_reconstruction", in_channels, image_size, network_options)
+    network = build_pretraining("swin_unetr_reconstruction", in_channels, image_size, options)
     assert isinstance(network, EncoderDecoder)
     return DisruptiveAutoencoder(network, settings)

@@ -3,8 +3,6 @@
 Tang et al. 2022, https://arxiv.org/abs/2111.14791
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +65,8 @@ def exchange(drawn: Exchange, image: Tensor, *, clean: bool = True) -> Tensor:
     generator = torch.Generator(image.device).manual_seed(drawn.seed)
     result = image.clone(memory_format=torch.contiguous_format)
     source = image if clean else result
-    for index, (noise, partner, taken) in enumerate(
-        zip(drawn.noise, drawn.partner, drawn.taken, strict=True)
-    ):
+    parts = zip(drawn.noise, drawn.partner, drawn.taken, strict=True)
+    for index, (noise, partner, taken) in enumerate(parts):
         _cover_with_noise(result[index], noise, generator)
         if taken:
             mask = torch.from_numpy(painted(taken, image.shape[2:]) > 0).to(image.device, non_blocking=True)

@@ -4,8 +4,6 @@ Effective rank: Roy and Vetterli 2007; alignment and uniformity: Wang and Isola 
 https://arxiv.org/abs/2005.10242
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 He et al. 2022, https://arxiv.org/abs/2111.06377; in 3D: Wald et al. 2024, https://arxiv.org/abs/2412.17041
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Literal
@@ -16,6 +14,7 @@ from unetrkit.config import Settings
 from unetrkit.errors import UserError
 from unetrkit.networks import build_pretraining
 from unetrkit.networks.masked_autoencoder import MaskedAutoencoder
+from unetrkit.networks.windows import Size
 from unetrkit.pretraining.corruptions import generator_of_step
 from unetrkit.pretraining.masking import draw_hidden, in_voxels, normalised
 
@@ -77,16 +76,13 @@ class MaskedAutoencoderPretraining(nn.Module):
 
 
 def build(
-    in_channels: int,
-    image_size: tuple[int, int, int],
-    network_options: Mapping[str, Any],
-    settings: MaskedAutoencoderSettings,
+    in_channels: int, image_size: Size, options: Mapping[str, Any], settings: MaskedAutoencoderSettings
 ) -> MaskedAutoencoderPretraining:
     """The objective with a new network.
 
     Raises UserError for an option that the network cannot have, and for crops of a single patch.
     """
-    network = build_pretraining(NETWORKS[settings.encoder], in_channels, image_size, network_options)
+    network = build_pretraining(NETWORKS[settings.encoder], in_channels, image_size, options)
     assert isinstance(network, MaskedAutoencoder)
     if all(extent <= network.patch for extent in image_size):
         message = f"a crop of {' x '.join(map(str, image_size))} voxels is one patch of {network.patch}³"

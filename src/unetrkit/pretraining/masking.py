@@ -1,7 +1,5 @@
 """Which parts of a crop are hidden, drawn exactly, and what patches mean in voxels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

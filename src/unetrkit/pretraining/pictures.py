@@ -1,13 +1,12 @@
 """Pictures of what was taken from crops and what a network restores: a row for each crop."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 
 from torch import Tensor
 
 from unetrkit.data.files import atomic_write
+from unetrkit.evaluation.figures import new_figure
 
 COLUMNS = ("original", "corrupted", "restored")
 
@@ -18,12 +17,8 @@ def write_picture(path: Path, restored: dict[str, Tensor], title: str) -> None:
     All of a row is on the grey scale of its original (1st to 99th percentile); the patient's right is on the
     left, anterior is up.
     """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     crops = len(restored["original"])
-    with style.context("default"):
-        figure = Figure(figsize=(6.3, 2.1 * crops + 0.5), layout="constrained", facecolor="#101418")
+    with new_figure(6.3, 2.1 * crops + 0.5, face="#101418") as figure:
         figure.suptitle(title, color="white", fontsize=10)
         axes = figure.subplots(crops, len(COLUMNS), squeeze=False)
         for row in range(crops):

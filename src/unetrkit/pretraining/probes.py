@@ -3,13 +3,12 @@
 Alain and Bengio 2016, https://arxiv.org/abs/1610.01644; solved in closed form: nothing to tune.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import fmean
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ class Probe:
     classes: int
 
     @classmethod
-    def of(cls, store: Path, size: tuple[int, int, int], patches: int) -> Probe:
+    def of(cls, store: Path, size: tuple[int, int, int], patches: int) -> Self:
         """`patches` patches of `size` voxels of the training cases, as many of the validation cases.
 
         Raises UserError for a store that is none, or has no cases for one of the two.
@@ -47,9 +46,8 @@ class Probe:
             plain, steps = AugmentSettings(set="none"), range(patches)
             return tuple(batches(store, names, sampling, plain, seed=SEED, steps=steps, workers=0))
 
-        training, validation = (
-            tuple(case.name for case in cases) for cases in split_cases(opened.cases, None)
-        )
+        sides = split_cases(opened.cases, None)
+        training, validation = (tuple(case.name for case in cases) for cases in sides)
         return cls(drawn(training), drawn(validation), len(opened.plan.classes))
 
     @torch.no_grad()

@@ -1,11 +1,9 @@
 """A pre-training run: from stores of scans without labels to weights that a training begins with."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator, Field, JsonValue
@@ -14,29 +12,24 @@ from torch import nn
 from unetrkit.config import Settings, listed, settings_from
 from unetrkit.data.crops import Crops, CropSettings, Source, crop_batches
 from unetrkit.data.folds import split_cases
-from unetrkit.data.store import Store, StoredCase
+from unetrkit.data.store import Store
 from unetrkit.errors import UserError, nearest
 from unetrkit.pretraining import OBJECTIVES
 from unetrkit.pretraining.probes import Probe
 from unetrkit.pretraining.report import write_report
 from unetrkit.pretraining.watch import Watch, WatchSettings, measure_features, probed
-from unetrkit.pretraining.weights import load_pretrained, network_to_tune, save_pretrained
+from unetrkit.pretraining.weights import network_to_tune, save_pretrained
 from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
+from unetrkit.training.initial import open_initial
 from unetrkit.training.learner import Batch, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State
 from unetrkit.training.optim import OptimSettings
 
 VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's own
-
-
 # on the command line names are no list
-Stores = Annotated[
-    tuple[Path, ...],
-    BeforeValidator(listed),
-    Field(min_length=1),
-]
+Stores = Annotated[tuple[Path, ...], BeforeValidator(listed), Field(min_length=1)]
 
 
 class PretrainSettings(Settings):
@@ -63,27 +56,22 @@ class PretrainSettings(Settings):
 class Numbered:
     """The batches of a run, by their number."""
 
-    sources: tuple[Source, ...]
-    settings: CropSettings
-    seed: int
+    crops: Crops
     workers: int
+    lower: tuple[str, str] = ("crops.batch_size", "crops.patch_size")
 
     @property
     def size(self) -> int:
-        return self.settings.batch_size
+        return self.crops.settings.batch_size
 
     def __call__(self, start: int, stop: int) -> Generator[Batch]:
-        steps = range(start, stop)
+        c, steps = self.crops, range(start, stop)
         yield from crop_batches(
-            self.sources, self.settings, seed=self.seed, steps=steps, workers=self.workers, rank=this_rank()
+            c.sources, c.settings, seed=c.seed, steps=steps, workers=self.workers, rank=c.rank
         )
 
-    @property
-    def lower(self) -> tuple[str, str]:
-        return "crops.batch_size", "crops.patch_size"
-
     def cases(self, number: int) -> list[str]:
-        return Crops(self.sources, self.settings, self.seed, this_rank()).cases(number)
+        return self.crops.cases(number)
 
 
 def pretrain(settings: PretrainSettings) -> State:
@@ -115,25 +103,24 @@ def job_of(settings: PretrainSettings) -> Job:
     own = settings_from(chosen.settings, settings.objective_options, "objective_options")
     splits = [split_cases(store.cases, None) for store in stores]
     weights = _weights(settings)
-    patch = settings.crops.patch_size or stores[0].plan.patch_size
-    crops = settings.crops.model_copy(update={"patch_size": patch})
-    training, validation = (
-        tuple(
-            Source(store.path.resolve(), tuple(case.name for case in split[side]), weight)
-            for store, split, weight in zip(stores, splits, weights, strict=True)
-        )
-        for side in (0, 1)
-    )
     plan = stores[0].plan
+    patch = settings.crops.patch_size or plan.patch_size
+    crops = settings.crops.model_copy(update={"patch_size": patch})
+    parts: list[list[Source]] = [[], []]
+    for store, split, weight in zip(stores, splits, weights, strict=True):
+        for part, cases in zip(parts, split, strict=True):
+            part.append(Source(store.path.resolve(), tuple(case.name for case in cases), weight))
+    training, validation = map(tuple, parts)
     torch.manual_seed(settings.loop.seed)
     options = dict(settings.network_options)
     objective = chosen.build(len(plan.channels), patch, options, own)
     network = objective.get_submodule("network")
     tuned, tuned_options = network_to_tune(chosen.networks, network, len(plan.channels), patch, options)
-    fixed = _fixed_batches(validation, crops, settings.watch.crops)
-    probe = None
-    if settings.watch.probe is not None:
-        probe = Probe.of(settings.watch.probe, patch, settings.watch.probe_patches)
+    # the same for every run on these stores with this size of batch
+    steps = range(max(1, settings.watch.crops // crops.batch_size))
+    fixed = tuple(crop_batches(validation, crops, seed=VALIDATION_SEED, steps=steps, workers=0))
+    wanted = settings.watch.probe
+    probe = Probe.of(wanted, patch, settings.watch.probe_patches) if wanted else None
     device = device_of(settings.loop.device)
     before = measure_features(objective.to(device).eval(), fixed)
     untrained = before._asdict() | probed(probe, objective)
@@ -158,16 +145,16 @@ def job_of(settings: PretrainSettings) -> Job:
         settings.loop,
         settings.optim,
         objective,
-        Numbered(training, crops, settings.loop.seed, settings.loop.workers),
+        Numbered(Crops(training, crops, settings.loop.seed, this_rank()), settings.loop.workers),
         validate=watch,
         better="-loss",
         export=export,
-        load=load_pretrained,
+        load=open_initial,
         made_of={
             "plan": [store.plan_hash for store in stores],
             "training": [case.name for case in seen],
             "validation": [case.name for case in held],
-            "sources": _sources(seen + held),
+            "sources": {case.name: case.source for case in seen + held},
         },
         about=(
             f"{objective_name}, {parameters / 1e6:.1f} M weights, on {len(seen)} scans, watched on "
@@ -190,18 +177,6 @@ def _weights(settings: PretrainSettings) -> Sequence[float | None]:
     if settings.weights is None:
         return [None] * len(settings.data)
     if len(settings.weights) != len(settings.data):
-        raise UserError(
-            f"`weights` has {len(settings.weights)} values for {len(settings.data)} stores",
-            hint="one for each store of `data`",
-        )
+        message = f"`weights` has {len(settings.weights)} values for {len(settings.data)} stores"
+        raise UserError(message, hint="one for each store of `data`")
     return settings.weights
-
-
-def _fixed_batches(sources: Sequence[Source], settings: CropSettings, crops: int) -> tuple[Batch, ...]:
-    """Crops of the validation cases, the same for every run on these stores with this size of batch."""
-    steps = range(max(1, crops // settings.batch_size))
-    return tuple(crop_batches(sources, settings, seed=VALIDATION_SEED, steps=steps, workers=0))
-
-
-def _sources(cases: Sequence[StoredCase]) -> dict[str, Any]:
-    return {case.name: case.source for case in cases}

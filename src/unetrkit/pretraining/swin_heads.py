@@ -3,8 +3,6 @@
 Tang et al. 2022, https://arxiv.org/abs/2111.14791
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from unetrkit.networks import build_pretraining
 from unetrkit.networks.swin_heads import SwinHeads
+from unetrkit.networks.windows import Size
 from unetrkit.pretraining.contrast import ContrastSettings, contrast
 from unetrkit.pretraining.corruptions import draw_turns, generator_of_step, turn
 from unetrkit.pretraining.exchange import draw_exchange, exchange
@@ -86,13 +85,10 @@ class SwinHeadsPretraining(nn.Module):
 
 
 def build(
-    in_channels: int,
-    image_size: tuple[int, int, int],
-    network_options: Mapping[str, Any],
-    settings: SwinHeadsSettings,
+    in_channels: int, image_size: Size, options: Mapping[str, Any], settings: SwinHeadsSettings
 ) -> SwinHeadsPretraining:
     """The objective with a new network. Raises UserError for an option that the network cannot have."""
-    options = {"heads": settings.heads, **network_options}
+    options = {"heads": settings.heads, **options}
     network = build_pretraining("swin_heads", in_channels, image_size, options)
     assert isinstance(network, SwinHeads)
     return SwinHeadsPretraining(network, settings)

@@ -3,8 +3,6 @@
 MONAI's tutorial on self-supervised pre-training of vision transformers (`vit_unetr_ssl`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,8 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from unetrkit.data.augment import Probability
 from unetrkit.networks import build_pretraining
 from unetrkit.networks.vit_autoencoder import ViTAutoencoder
+from unetrkit.networks.windows import Size
 from unetrkit.pretraining.contrast import ContrastSettings, contrast
 from unetrkit.pretraining.corruptions import (
     Painting,
@@ -25,7 +25,6 @@ from unetrkit.pretraining.corruptions import (
     shuffle,
 )
 
-Probability = Annotated[float, Field(ge=0, le=1)]
 Sides = tuple[Probability, Probability]  # least and greatest, as shares of the crop's
 
 
@@ -99,12 +98,8 @@ class ViTAutoencoderPretraining(nn.Module):
         s, size = self.settings, image.shape[2:]
         chances = torch.rand(2, len(image), generator=generator)
         outside = tuple((chances[0] < s.p_outside).tolist())
-        boxes = tuple(
-            draw_boxes(
-                generator, s.boxes, size, s.outside_sides if out else s.inside_sides, growing=s.growing_boxes
-            )
-            for out in outside
-        )
+        sides = (s.outside_sides if out else s.inside_sides for out in outside)
+        boxes = tuple(draw_boxes(generator, s.boxes, size, one, growing=s.growing_boxes) for one in sides)
         image = paint(Painting(boxes, outside, draw_seed(generator)), image)
         counts = [s.shuffled_boxes * (chance < s.p_shuffle) for chance in chances[1].tolist()]
         side = (s.shuffled_side, s.shuffled_side)
@@ -113,12 +108,9 @@ class ViTAutoencoderPretraining(nn.Module):
 
 
 def build(
-    in_channels: int,
-    image_size: tuple[int, int, int],
-    network_options: Mapping[str, Any],
-    settings: ViTAutoencoderSettings,
+    in_channels: int, image_size: Size, options: Mapping[str, Any], settings: ViTAutoencoderSettings
 ) -> ViTAutoencoderPretraining:
     """The objective with a new network. Raises UserError for an option that the network cannot have."""
-    network = build_pretraining("vit_autoencoder", in_channels, image_size, network_options)
+    network = build_pretraining("vit_autoencoder", in_channels, image_size, options)
     assert isinstance(network, ViTAutoencoder)
     return ViTAutoencoderPretraining(network, settings)

@@ -1,9 +1,6 @@
 """How a pre-training is watched: the same crops, corrupted alike, at every validation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -110,17 +107,12 @@ def measure_features(objective: nn.Module, batches: Sequence[Batch]) -> Geometry
 def _seeded(batches: Sequence[Batch], objective: nn.Module, view: int = 0) -> Iterator[Batch]:
     """Each batch on the objective's device, while torch's random state is a function of its number alone."""
     device = _device(objective)
+    gpus = [device] if device.type == "cuda" else []
     for number, batch in enumerate(batches):
-        with _undisturbed(device):
+        # no trace is left in the random state of the training
+        with torch.no_grad(), torch.random.fork_rng(gpus):
             torch.manual_seed(generator_for(SEED, number, view).initial_seed())
             yield {name: part.to(device) for name, part in batch.items()}
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Without gradients, and without a trace in the random state of the training."""
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _device(module: nn.Module) -> torch.device:

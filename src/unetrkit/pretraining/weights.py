@@ -1,35 +1,23 @@
 """What a pre-training leaves: a folder like a model's, which `unetrkit train … init=` begins with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from unetrkit.data.plan import Plan
 from unetrkit.inference.model import PRETRAINED, Sealed, write_folder
 from unetrkit.networks import build
 from unetrkit.networks.identify import options_for
-from unetrkit.training.initial import open_initial
 
 Size = tuple[int, int, int]
 
 
 class Pretrained(Sealed):
-    """What its `model.json` holds. network, options: what `networks.build` makes the network to tune from."""
+    """What its `model.json` holds: the network is the one to tune."""
 
     format: Literal["unetrkit-pretrained"] = PRETRAINED
-    version: Literal[1] = 1
-    network: str
-    in_channels: int
-    image_size: Size
-    options: dict[str, Any] = Field(default_factory=dict)
-    plan: Plan
-    origin: dict[str, Any] = Field(default_factory=dict)
 
 
 def network_to_tune(
@@ -64,11 +52,6 @@ def save_pretrained(folder: Path, network: nn.Module, description: Mapping[str, 
         if name.startswith("encoder.") or (whole and not name.startswith("decoder.head."))
     }
     write_folder(folder, kept, lambda sha256: Pretrained(**description, sha256=sha256))
-
-
-def load_pretrained(folder: Path) -> object:
-    """Raises UserError where the folder is not what `save_pretrained` wrote."""
-    return open_initial(folder)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
