@@ -1,7 +1,5 @@
 """Recipes: YAML -> typed settings <- `key=value`; an unknown name is an error that leads to the right one."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -121,9 +119,8 @@ def overridden(values: dict[str, object], overrides: Sequence[str]) -> dict[str,
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(re.fullmatch(r"\w+", part) for part in parts):
-            raise UserError(
-                f"`{override}` is not a setting", hint="write `name=value`, as in `optim.lr=1e-4`"
-            )
+            message = f"`{override}` is not a setting"
+            raise UserError(message, hint="write `name=value`, as in `optim.lr=1e-4`")
         values = _replaced(values, parts, parse_value(text))
     return values
 

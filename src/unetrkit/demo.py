@@ -1,7 +1,5 @@
 """The demo: the commands that a user would type, one after another, on a generated data set."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 import time

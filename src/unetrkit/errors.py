@@ -1,7 +1,5 @@
 """What a user can cause: one message, one hint, one exit code."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum

@@ -1,7 +1,5 @@
 """What `unetrkit info` tells without importing torch: the recipes and the environment."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib import metadata

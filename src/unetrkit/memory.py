@@ -1,7 +1,5 @@
 """Memory: that it was too small, how much was needed, and what the C library does with what is freed."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import sys

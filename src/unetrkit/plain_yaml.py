@@ -1,7 +1,5 @@
 """The YAML of recipes: plain names and values, read by YAML 1.2's core schema (https://yaml.org/spec/1.2.2/)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Mapping
 

@@ -1,7 +1,5 @@
 """Which of several processes this is, as torchrun says it; by itself a process is rank 0 of 1."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import dataclass

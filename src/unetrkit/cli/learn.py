@@ -1,7 +1,5 @@
 """The commands that train."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

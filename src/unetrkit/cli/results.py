@@ -1,7 +1,5 @@
 """The commands about results: predict, evaluate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """A cell of a study: trained as any run is, then measured on every validation case."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

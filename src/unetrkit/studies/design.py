@@ -1,7 +1,5 @@
 """What a study compares: rows, numbers of volumes and seeds; each combination is a training run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the finished cells of a study say: a line for each row and number of volumes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ percentile interval of so few is too short, so that it is stretched to the stand
 ROC analysis", 2007) and to Student's t instead of the normal distribution.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

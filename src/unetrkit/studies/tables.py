@@ -1,7 +1,5 @@
 """A study's results as files: table.md and table.csv, cells.csv, and a picture."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
