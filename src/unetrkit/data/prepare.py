@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
-from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
+from unetrkit.data.files import alone, atomic_write, remove, sha256_file, write_problems
 from unetrkit.data.geometry import reorient, same_grid
 from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan, plan_bytes, read_plan
@@ -196,7 +195,7 @@ def _begin_plan(out: Path, plan: Plan) -> None:
     content, file = plan_bytes(plan), out / "plan.json"
     with write_problems(out):
         for left in [*out.glob(".*.tmp"), *(out / "cases").glob(".*.tmp")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
         if not file.is_file() or file.read_bytes() != content:
             # the index is of the plan that was: from here on and until the end the store is not finished
             (out / "store.json").unlink(missing_ok=True)

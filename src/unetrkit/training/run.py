@@ -151,9 +151,7 @@ def job_of(settings: TrainSettings) -> Job:
     cases = f"{len(training)} cases, validated on {some}{len(validation)}"
     device = device_of(settings.loop.device).type
     measure = Validation(
-        plan,
-        measured,
-        PredictSettings(overlap=settings.validation.overlap, window=patch, device=device),
+        plan, measured, PredictSettings(overlap=settings.validation.overlap, window=patch, device=device)
     )
 
     def export(objective: nn.Module, state: State) -> None:
