@@ -29,7 +29,12 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def draw_boxes(
-    generator: torch.Generator, count: int, size: Size, sides: tuple[float, float], *, growing: bool = False
+    generator: torch.Generator,
+    count: int,
+    size: Size,
+    sides: tuple[float, float],
+    *,
+    growing: bool = False,
 ) -> list[Box]:
     """`count` boxes that lie within `size`, their sides drawn for each axis from a range of shares of it.
 

@@ -32,7 +32,11 @@ VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's
 
 
 # on the command line names are no list
-Stores = Annotated[tuple[Path, ...], BeforeValidator(listed), Field(min_length=1)]
+Stores = Annotated[
+    tuple[Path, ...],
+    BeforeValidator(listed),
+    Field(min_length=1),
+]
 
 
 class PretrainSettings(Settings):

@@ -26,7 +26,7 @@ from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
 
 # what may change when a run goes on: where things are and how fast, not what is computed
-FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+FREE = {"data", "out", "loop.device", "loop.sharding", "loop.workers", "loop.save_every", "loop.log_every"}
 FREE |= {"init_minimum", "init_trust", "loop.trackers"}
 # else a run that met a broken case could not go on without it
 FREE |= {"sampling.skip_broken", "crops.skip_broken"}
@@ -117,9 +117,8 @@ def _require_export(job: Job, out: Path, state: State) -> None:
         job.load(out / "model")
     except UserError as problem:
         say(f"{problem.message}; writing it again from `{out / 'best'}`")
-        learner = build_learner(job.objective, job.loop, job.optim)
-        learner.load_state_dict(checkpoint.load(out / "best")["learner"])
-        job.export(learner.subject, state)
+        job.objective.load_state_dict(checkpoint.load(out / "best")["learner"]["best"])
+        job.export(job.objective, state)
 
 
 def _make_folder(out: Path) -> None:
@@ -143,18 +142,12 @@ def _open(out: Path, job: Job) -> None:
             )
         began = read_json(record) if record.exists() else job.made_of
         for name, value in json.loads(json.dumps({**job.made_of})).items():
-            if name == "init" and isinstance(began, dict) and began.get(name) != value:
-                raise UserError(
-                    f"the run in `{out}` began with other weights than `init` names",
-                    hint="another `out` begins a new run",
-                )
             if not isinstance(began, dict) or began.get(name) != value:
                 what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
-                what = what or f"other {name} cases"
-                raise UserError(
-                    f"the data has {what} than when the run in `{out}` began",
-                    hint="another `out` begins a new run",
-                )
+                message = f"the data has {what or f'other {name} cases'} than when the run in `{out}` began"
+                if name == "init":
+                    message = f"the run in `{out}` began with other weights than `init` names"
+                raise UserError(message, hint="another `out` begins a new run")
     atomic_write(config, to_yaml(job.settings).encode())
     atomic_write(record, json.dumps({**job.made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
 
@@ -174,11 +167,8 @@ def same_run(before: Settings, now: Settings, loop: LoopSettings, optim: OptimSe
         )
     if differing:
         name = differing[0]
+        was, wanted = (json.dumps(values.get(name), ensure_ascii=False) for values in (old, new))
         raise UserError(
-            f"`{out}` holds another run: its `{name}` is {_json(old.get(name))}, not {_json(new.get(name))}",
+            f"`{out}` holds another run: its `{name}` is {was}, not {wanted}",
             hint="another `out` begins a new run; with its own settings this one goes on",
         )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

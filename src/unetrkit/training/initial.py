@@ -24,6 +24,7 @@ from unetrkit.networks.identify import OF_TRAINING, Identity, identify, options_
 from unetrkit.networks.published import SWIN_LAYOUTS, Named, rename
 from unetrkit.networks.weights_file import Weights, read_weights
 from unetrkit.training import checkpoint
+from unetrkit.training.sharding import complete
 
 MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
 PATCH = 16  # voxels a side, of UNETR's grid of patches as published
@@ -188,7 +189,8 @@ def _open(path: Path, trust: bool) -> Weights:
     for folder in (path, path / "model"):
         if (folder / FILES[0]).is_file():
             return _model(folder)
-    if path.is_file() and read_start(path, 32).startswith(b'{"format": "unetrkit checkpoint'):
+    file = path / "state" if path.is_dir() else path
+    if file.is_file() and read_start(file, 32).startswith(b'{"format": "unetrkit checkpoint'):
         return _checkpoint(path)
     return read_weights(path, trust=trust)
 
@@ -208,8 +210,8 @@ def _model(folder: Path) -> Weights:
 
 def _checkpoint(path: Path) -> Weights:
     """The network in `last` or `best` of a run folder, averaged where the run keeps an average."""
-    learner = checkpoint.load(path)["learner"]
-    state = learner.get("average") or learner["objective"]
+    learner = complete(checkpoint.load(path), {})["learner"]
+    state = learner.get("best") or learner.get("average") or learner["objective"]
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     run = path.parent
     if (run / "model" / FILES[0]).is_file():
@@ -223,7 +225,8 @@ def _checkpoint(path: Path) -> Weights:
         description = {"network": recipe.get("network"), "options": options}
     else:
         description = {}
-    return Weights(path, "unetrkit checkpoint", tensors, (), description)
+    file = path / "state" if path.is_dir() else path
+    return Weights(file, "unetrkit checkpoint", tensors, (), description)
 
 
 def _size(value: object, name: str) -> Size | None:

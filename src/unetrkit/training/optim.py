@@ -14,6 +14,8 @@ from unetrkit.config import Settings
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
 AFTER = 10**6  # the layer of what follows all others, such as a last norm
 
 
