@@ -1,7 +1,5 @@
 """From a data set and a plan to a store: each case by itself, again only where something changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -14,7 +12,7 @@ import numpy as np
 
 from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
 from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
-from unetrkit.data.geometry import reorient, same_grid
+from unetrkit.data.geometry import off_grid, reorient
 from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan, plan_bytes, read_plan
 from unetrkit.data.preprocess import preprocess, preprocess_label
@@ -114,10 +112,8 @@ def _checked(dataset: Dataset, plan: Plan, out: Path) -> tuple[list[Case], Plan]
     if cases[0].label is None:
         plan = plan.model_copy(update={"classes": (), "mirror_pairs": ()})
     elif not plan.classes:
-        raise UserError(
-            f"the plan has no classes, but `{dataset.name}` has labels",
-            hint="`--unlabelled` leaves the labels aside; without `--plan` a plan with classes is computed",
-        )
+        hint = "`--unlabelled` leaves the labels aside; without `--plan` a plan with classes is computed"
+        raise UserError(f"the plan has no classes, but `{dataset.name}` has labels", hint=hint)
     for case in cases:  # a name that cannot be a folder's is refused first
         case_folder(out, case.name)
     _require_ours(out)
@@ -150,11 +146,9 @@ def read_case(case: Case) -> tuple[Volume, np.ndarray | None]:
     if case.label is None:
         return image, None
     label = reorient(read_label(case.label), image.affine)
-    if difference := same_grid(image.affine, image.array.shape[1:], label.affine, label.array.shape[1:]):
-        raise UserError(
-            f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}",
-            hint="`unetrkit check` finds every such case",
-        )
+    if difference := off_grid(image, label):
+        message = f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}"
+        raise UserError(message, hint="`unetrkit check` finds every such case")
     return image, label.array
 
 
@@ -185,10 +179,8 @@ def _require_ours(out: Path) -> None:
     found = {entry.name for entry in out.iterdir() if not entry.name.endswith(".tmp")}
     strange = found - {*FILES, "cases"} or (found if found == {"cases"} else set())
     if strange:
-        raise UserError(
-            f"`{out}` holds something that is not a store: `{min(strange)}`",
-            hint="choose another folder for the store",
-        )
+        message = f"`{out}` holds something that is not a store: `{min(strange)}`"
+        raise UserError(message, hint="choose another folder for the store")
 
 
 def _begin_plan(out: Path, plan: Plan) -> None:
@@ -206,13 +198,8 @@ def _begin_plan(out: Path, plan: Plan) -> None:
 def _remove_others(out: Path, names: set[str]) -> int:
     """Removes the cases that have gone from the data set; anything that is not a case stays."""
     with write_problems(out):
-        gone = [
-            folder
-            for folder in (out / "cases").iterdir()
-            if folder.name not in names
-            and folder.is_dir()
-            and {entry.name for entry in folder.iterdir()} <= CASE_FILES
-        ]
+        others = [one for one in (out / "cases").iterdir() if one.name not in names and one.is_dir()]
+        gone = [one for one in others if {entry.name for entry in one.iterdir()} <= CASE_FILES]
         for folder in gone:
             remove_folder(folder)
     return len(gone)
