@@ -2,8 +2,8 @@
 
 STORE/plan.json                 the plan that the cases were prepared with
 STORE/store.json                the index; written last: without it the store is not finished
-STORE/cases/NAME/case.json      grid, shape, counts, and how the three arrays lie in their files
-STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres
+STORE/cases/NAME/case.json      grid, shape, counts, and how the arrays lie in their files
+STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres, truth
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unetrkit.errors import UserError
 
 FORMAT = 3  # another number and every case is prepared again
 CENTRES = 20_000  # voxels kept for each class of a case
-ARRAYS = ("image", "label", "centres")
+ARRAYS = ("image", "label", "centres", "truth")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CaseRecord:
     def read(cls, folder: Path) -> CaseRecord:
         """Raises Damaged where case.json is not as it was written."""
         values = unseal(folder / "case.json")
-        layouts = {name: Layout.from_dict(values["layouts"][name]) for name in ARRAYS}
+        layouts = {name: Layout.from_dict(one) for name, one in values["layouts"].items()}
         counts, centres = tuple(values["counts"]), tuple(values["centres"])
         grid = Grid.from_dict(values["grid"])
         return cls(values["source"], values["preprocessing"], grid, counts, centres, layouts)
@@ -197,8 +197,11 @@ def write_case(
     classes: int,
     source: str,
     preprocessing: str,
+    truth: np.ndarray | None = None,
 ) -> None:
     """Writes one case: image (c, x, y, z), label (x, y, z) of class indices. It is there whole or not at all.
+
+    truth: the label ids (1, x, y, z) on the case's own grid: another machine does not have their file.
 
     Raises UserError where the image is not finite as float16 or the disk is full.
     """
@@ -220,6 +223,9 @@ def write_case(
             "label": write_chunks(temporary / "label.chunks", label[None], LABEL_CHUNK),
             "centres": write_chunks(temporary / "centres.chunks", rows, (CENTRES, 3, 1)),
         }
+        if truth is not None:
+            ids = truth.astype(np.min_scalar_type(truth.max())) if truth.min() >= 0 else truth
+            layouts["truth"] = write_chunks(temporary / "truth.chunks", ids, LABEL_CHUNK)
         record = CaseRecord(source, preprocessing, grid, counts, kept, layouts)
         atomic_write(temporary / "case.json", seal(record.to_dict()))
         with write_problems(folder):
