@@ -21,9 +21,11 @@ from typing import Any, Literal
 import numpy as np
 
 from unetrkit.data.chunks import AGAIN, LABEL_CHUNK, ChunkedArray, Damaged, Layout, Triple, write_chunks
+from unetrkit.data.copies import bring, copy_of
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Plan, plan_hash, read_plan
+from unetrkit.data.remote import spelt
 from unetrkit.errors import UserError
 
 FORMAT = 3  # another number and every case is prepared again
@@ -95,6 +97,7 @@ class StoredCase:
 
     @cached_property
     def arrays(self) -> dict[str, ChunkedArray]:
+        bring(self.path.parents[1], (self.path / f"{name}.chunks" for name in self.record.layouts))
         return self.record.arrays(self.path)
 
     def image(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -141,16 +144,17 @@ class Store:
     @staticmethod
     def open(path: Path) -> Store:
         """Raises UserError for a store that is missing, unfinished, damaged, or whose plan was changed."""
+        where, path = spelt(path), copy_of(path, "stores")
         if not (path / "store.json").is_file():
             if (path / "plan.json").is_file():
                 hint = "run `unetrkit prepare` again: it goes on where it was"
-                raise UserError(f"the store in `{path}` is not finished", hint=hint)
-            raise UserError(f"there is no store in `{path}`", hint="run `unetrkit prepare` first")
+                raise UserError(f"the store in `{where}` is not finished", hint=hint)
+            raise UserError(f"there is no store in `{where}`", hint="run `unetrkit prepare` first")
         index = unseal(path / "store.json")
         plan = read_plan(path / "plan.json")
         if sha256_file(path / "plan.json") != index["plan"]:
             raise UserError(
-                f"the store in `{path}` was prepared with another plan than its `plan.json` is now",
+                f"the store in `{where}` was prepared with another plan than its `plan.json` is now",
                 hint="give a changed plan to `unetrkit prepare --plan`; what it changes is redone",
             )
         preprocessing = preprocessing_hash(plan)
