@@ -198,6 +198,12 @@ def test_a_run_is_sent_in_an_order_in_which_it_can_go_on_and_nothing_twice(
     assert sent == []
 
 
+def run_copy_with(url: Path, step: int) -> Path:
+    copy = copy_of(url, "runs")
+    saved(copy, step)
+    return copy
+
+
 @pytest.mark.parametrize("failing", range(5))
 def test_where_sending_ends_nothing_there_is_newer_than_what_it_tells_of(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +235,28 @@ def test_where_sending_ends_nothing_there_is_newer_than_what_it_tells_of(
     )  # nothing is lost here
     send(copy)
     assert (tmp_path / "run" / "last").read_text() == "last of step 2"
+
+
+def test_a_checkpoint_that_is_written_amid_the_sending_waits_for_the_next(
+    elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, steps = run_copy_with(elsewhere / "run", 1), iter((2, 3, 4, 5, 6, 7, 8))
+
+    def amid(file: Path, url: str, name: str) -> str:
+        saved(copy, next(steps))
+        return put(file, url, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "put", amid)
+        send(copy)
+    another_machine(monkeypatch, tmp_path, "other")
+    there = copy_of(elsewhere / "run", "runs")
+    told = [int((there / name).read_text()[-1]) for name in ("best", "metrics.jsonl", "last")]
+    assert told[-1] == 1 <= min(told)
+    another_machine(monkeypatch, tmp_path, "cache")
+    send(copy)
+    another_machine(monkeypatch, tmp_path, "other")
+    assert (copy_of(elsewhere / "run", "runs") / "last").read_text() == "last of step 8"
 
 
 def test_what_another_machine_has_sent_is_taken_and_what_was_not_sent_is_kept(
