@@ -143,7 +143,7 @@ def job_of(settings: TrainSettings) -> Job:
         options = begun["options"] | options
     network = build(settings.network, len(plan.channels), len(plan.classes), seen, options)
     about: list[str] = []
-    if initial is not None:
+    if initial is not None and init is not None:
         audit = begin(network, settings.network, initial, settings.init_minimum)
         begun = provenance(initial, audit, initial.options(settings.network))
         about = [f"begins with `{spelt(init)}`", *audit.summary(), *audit.notes]
