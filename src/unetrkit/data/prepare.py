@@ -133,7 +133,16 @@ def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
     # one value takes no space and lets everything that reads cases read these
     indices = np.zeros(grid.size, np.uint8) if label is None else preprocess_label(label, grid, plan)
     classes = max(len(plan.classes), 1)
-    write_case(folder, array, indices, grid, classes=classes, source=source, preprocessing=preprocessing)
+    write_case(
+        folder,
+        array,
+        indices,
+        grid,
+        classes=classes,
+        source=source,
+        preprocessing=preprocessing,
+        truth=label,
+    )
     return True
 
 

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.plan import Plan, Settings
 from unetrkit.errors import UserError
@@ -136,7 +137,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     """
     from unetrkit.networks import build
 
-    folder = _folder(path)
+    folder = _folder(copy_of(path, "models"))
     description = _description(folder / FILES[0])
     weights = folder / FILES[1]
     if not weights.exists():

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from unetrkit.config import load_recipe, overridden, read_recipe, settings_from
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.folds import first_cases, split_cases
+from unetrkit.data.remote import placed
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
 from unetrkit.networks import build
@@ -140,7 +141,7 @@ def design(name: str, settings: StudySettings) -> Study:
     training, validation = split_cases(store.cases, settings.fold)
     volumes = tuple(sorted(set(settings.volumes or [len(training)])))
     first_cases(training, volumes[-1])
-    out = (settings.out or Path("studies") / f"{name}-{settings.data.resolve().name}").resolve()
+    out = (settings.out or Path("studies") / f"{name}-{placed(settings.data).name}").resolve()
     rows = _rows(name, settings, store)
     cells = []
     for seed in range(settings.loop.seed, settings.loop.seed + settings.seeds):
@@ -157,7 +158,7 @@ def _settings(
     """The settings of one run: the study's, without what only a study has, and what is this run's own."""
     shared = {name: getattr(study, name) for name in TrainSettings.model_fields}
     loop = study.loop.model_copy(update={"seed": seed, "validate_every": study.loop.steps})
-    own = {"data": study.data.resolve(), "out": out, "cases": count, "loop": loop}
+    own = {"data": placed(study.data), "out": out, "cases": count, "loop": loop}
     # all validation cases are measured afterwards: the run itself needs only to see that it works
     if study.validation.cases is None:
         own["validation"] = study.validation.model_copy(update={"cases": 1})

@@ -14,6 +14,7 @@ from torch import nn
 
 import unetrkit
 from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.data.copies import sending
 from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.errors import UserError
 from unetrkit.ranks import this_rank
@@ -71,6 +72,7 @@ def carry_out(job: Job) -> State:
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)
+            stack.enter_context(sending(out))
             for line in job.about:
                 say(line)
 
