@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from unetrkit.config import load_recipe, overridden, read_recipe, settings_from
+from unetrkit.config import listed, load_recipe, overridden, read_recipe, settings_from
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.remote import placed
@@ -25,23 +25,14 @@ from unetrkit.training.run import TrainSettings
 RANDOM = "random"  # the row that begins with random weights
 
 
-def _volumes(value: object) -> object:
-    """One number is a list of one."""
-    return tuple(value) if isinstance(value, list) else value if value is None else (value,)
-
-
-def _paths(value: object) -> object:
-    """`a,b` are two paths."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(parts) if isinstance(parts, list) else parts
-
-
 class StudySettings(TrainSettings):
     """Any setting of a training run, which all runs of the study share, and how many runs there are."""
 
     network: str = "swin_unetr_tiny"
     # train on the first so many cases; null: on all of them
-    volumes: Annotated[tuple[Count, ...] | None, BeforeValidator(_volumes)] = None
+    volumes: Annotated[
+        tuple[Count, ...] | None, BeforeValidator(lambda n: (n,) if isinstance(n, int) else listed(n))
+    ] = None
     # runs of each row, with the seeds loop.seed, loop.seed + 1, …
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
 
@@ -49,7 +40,7 @@ class StudySettings(TrainSettings):
 class LabelEfficiencySettings(StudySettings):
     """Random weights against each of these: pre-training runs, models, published files."""
 
-    init: Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)]  # type: ignore[assignment]
+    init: Annotated[tuple[Path, ...], BeforeValidator(listed), Field(min_length=1)]  # type: ignore[assignment]
 
 
 # The original's table only names its rows. Baseline is the published set, light is half as often and half as
