@@ -281,11 +281,15 @@ def test_a_label_that_changed_its_grid_since_it_was_prepared_is_named(store: Pat
     from unetrkit.training.validation import Validation
 
     opened = Store.open(store)
+    record = opened.cases[0].record  # of a store from before labels were kept in it
+    before = replace(record, layouts={name: one for name, one in record.layouts.items() if name != "truth"})
     changed = tmp_path / "changed.nii.gz"
     nibabel.Nifti1Image(np.zeros((32, 32, 31), np.uint8), np.diag([-2.0, -2.0, 2.5, 1])).to_filename(changed)
     measure = Validation(opened.plan, [], PredictSettings())
     with pytest.raises(UserError, match=r"changed\.nii\.gz` is not on the grid .*32x32x31 instead of"):
-        measure._truth(replace(opened.cases[0], label_file=changed))
+        measure._truth(replace(opened.cases[0], label_file=changed, record=before))
+    unread = replace(opened.cases[0], record=before)
+    assert np.array_equal(measure._truth(unread), measure._read(opened.cases[0]))
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(

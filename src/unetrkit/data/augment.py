@@ -1,14 +1,13 @@
 """What is done to a training patch: drawn once as plain data, then applied to image and label alike."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from unetrkit.data.augment_intensity import INTENSITY
 from unetrkit.data.augment_spatial import (
@@ -20,9 +19,6 @@ from unetrkit.data.augment_spatial import (
     warp_matrix,
 )
 from unetrkit.data.plan import Positive, Settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -136,25 +132,16 @@ def _draw_warp(
 
 
 def _draw_changes(generator: torch.Generator, settings: AugmentSettings) -> tuple[tuple[str, float], ...]:
-    odds = {
-        "scale": (settings.p_scale, (-settings.scale, settings.scale)),
-        "shift": (settings.p_shift, (-settings.shift, settings.shift)),
-    }
-    if settings.set == "strong":
-        odds |= {
-            "noise": (settings.p_noise, (0.0, settings.noise)),
-            "blur": (settings.p_blur, settings.blur),
-            "contrast": (settings.p_contrast, settings.contrast),
-            "low_resolution": (settings.p_low_resolution, settings.low_resolution),
-            "gamma": (settings.p_gamma, settings.gamma),
-        }
     # the order of the table: that of nnU-Net's pipeline
-    names = [name for name in INTENSITY if name in odds]
+    names = [name for name in INTENSITY if settings.set == "strong" or name in ("scale", "shift")]
+    bounds = {name: getattr(settings, name) for name in names}
+    bounds |= {"scale": (-settings.scale, settings.scale), "shift": (-settings.shift, settings.shift)}
+    bounds["noise"] = 0.0, settings.noise
     chances = torch.rand(len(names), 2, generator=generator).tolist()
     return tuple(
-        (name, _between(u, odds[name][1]))
+        (name, _between(u, bounds[name]))
         for name, (chance, u) in zip(names, chances, strict=True)
-        if chance < odds[name][0]
+        if chance < getattr(settings, f"p_{name}")
     )
 
 

@@ -4,17 +4,12 @@ The strong ones follow the published set of nnU-Net (Isensee et al., Nature Meth
 amounts relative to the patch, so that images in [0, 1] and in standard deviations are changed alike.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SPACE = (-3, -2, -1)
 

@@ -1,16 +1,12 @@
 """Spatial augmentations: exact flips and quarter turns, and one interpolated warp (turn, zoom, elastic)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Matrix = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
@@ -102,10 +98,9 @@ def _warp_grid(warp: Warp, size: torch.Size, device: torch.device) -> Tensor:
     """Sampling positions (1, x, y, z, 3) as grid_sample wants them: in [-1, 1], last axis first."""
     half = torch.tensor(size, dtype=torch.float64) / 2
     matrix = (torch.tensor(warp.matrix, dtype=torch.float64) / half[:, None]).flip(0)  # z y x from x y z
-    offsets = [torch.arange(s) - (s - 1) / 2 for s in size]
-    x, y, z = (
-        torch.outer(column, o).to(device, torch.float32) for column, o in zip(matrix.T, offsets, strict=True)
-    )
+    offsets = (torch.arange(s) - (s - 1) / 2 for s in size)
+    columns = zip(matrix.T, offsets, strict=True)
+    x, y, z = (torch.outer(column, o).to(device, torch.float32) for column, o in columns)
     grid = x.T[:, None, :, None] + y.T[None, :, :, None] + z  # x y 3 z
     if any(warp.elastic):
         x, y, z = (_spline(s).to(device) for s in size)

@@ -1,7 +1,5 @@
 """Whether a data set can be trained on: every case is read once, then compared with the others."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -83,10 +81,8 @@ def _split(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         some = [case for case in some if case.label]
     elif some:
         kind = "cases"
-        message = (
-            "no case has a label: this can be pre-trained on, with `unetrkit pretrain`, but not trained on"
-        )
-        yield Finding("", "warning", "split", message)
+        only = "this can be pre-trained on, with `unetrkit pretrain`, but not trained on"
+        yield Finding("", "warning", "split", f"no case has a label: {only}")
     training = [case for case in some if case.split == "training"]
     folds = any(case.fold is not None for case in training)
     parts = {case.fold if folds else case.subject for case in training}
@@ -195,9 +191,8 @@ def _ranges(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         hint = f"the others are about {10**usual:.3g} wide; MR, which has no units, is normalised"
         # one case in twenty or more is a scale of its own (another scanner), not an outlier
         if len(odd) > max(1, len(cases) / 20):
-            found = (
-                f"{len(odd)} of {len(cases)} cases have ranges over 100 times off the others in `{channel}`"
-            )
+            some = f"{len(odd)} of {len(cases)} cases have ranges"
+            found = f"{some} over 100 times off the others in `{channel}`"
             yield Finding("", "warning", "range", found, hint)
             continue
         for name, values in (cases[k] for k in odd):

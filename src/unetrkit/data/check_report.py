@@ -1,10 +1,9 @@
 """The report of `check` for a terminal: what the data set is, in a few lines, then what was found."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +29,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if any(facts.counts for facts in report.cases):
         console.print(_class_table(report), "")
     for colour, findings in (("yellow", report.warnings), ("red", report.errors)):
-        for _, group in groupby(sorted(findings, key=_kind), key=_kind):
+        kind = attrgetter("code", "hint")
+        for _, group in groupby(sorted(findings, key=kind), key=kind):
             text = _group(list(group), colour).replace(escape(f"`{report.dataset.root}/"), "`")
             console.print(text, highlight=False, soft_wrap=True)
     found = f"{many(len(report.errors), 'error')}, {many(len(report.warnings), 'warning')}"
@@ -96,10 +96,8 @@ def _class_table(report: Report) -> Table:
 
 def _group(findings: Sequence[Finding], colour: str) -> str:
     """The findings of one kind: the first of them, the names of the others, what to do."""
-    lines = [
-        f"[{colour}]{finding.severity}[/{colour}] ({finding.code}): {escape(finding.message)}"
-        for finding in findings[:FINDINGS]
-    ]
+    head = f"[{colour}]{findings[0].severity}[/{colour}] ({findings[0].code})"
+    lines = [f"{head}: {escape(finding.message)}" for finding in findings[:FINDINGS]]
     names = list(dict.fromkeys(finding.case for finding in findings[FINDINGS:]))
     if names:
         some = ", ".join(names[:NAMES]) + (", …" if len(names) > NAMES else "")
@@ -107,10 +105,6 @@ def _group(findings: Sequence[Finding], colour: str) -> str:
     if findings[0].hint:
         lines.append(f"  hint: {escape(findings[0].hint)}")
     return "\n".join(lines) + "\n"
-
-
-def _kind(finding: Finding) -> tuple[str, str]:
-    return finding.code, finding.hint
 
 
 def _table(*headings: str) -> Table:

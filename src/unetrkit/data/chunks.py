@@ -4,8 +4,6 @@ A file is a table of (length, CRC-32) for each chunk, then the chunks (Blosc2, h
 table's own CRC-32 is in the `Layout`, which whoever wrote the file keeps. CRC-32 finds every changed byte.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import zlib
@@ -15,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import blosc2
 import numpy as np
@@ -55,11 +53,6 @@ class Layout:
     dtype: str
     chunk: Triple
     table: int = 0  # CRC-32 of the table
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Layout:
-        """From the `asdict` of one, after JSON."""
-        return cls(**values | {name: tuple(values[name]) for name in ("shape", "chunk")})
 
     @cached_property
     def grid(self) -> Triple:

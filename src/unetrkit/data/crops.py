@@ -1,7 +1,5 @@
 """Batches of crops without labels, from one or several stores, as a function of (seed, step)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,6 +197,5 @@ def draw_crop(
         return corner_around([a + s // 2 for a, s in zip(starts, size, strict=True)], size, case.shape)
     counts = torch.tensor(case.counts, dtype=torch.float64)
     centres = case.centres(int(torch.multinomial(counts, 1, generator=generator)))
-    return corner_around(
-        centres[int(torch.randint(len(centres), (1,), generator=generator))], size, case.shape
-    )
+    n = int(torch.randint(len(centres), (1,), generator=generator))
+    return corner_around(centres[n], size, case.shape)

@@ -5,8 +5,6 @@ reads it), an nnU-Net raw folder, a folder of image and label pairs, a CSV table
 written; here it is checked.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata
@@ -15,11 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unetrkit.data.declared import Entry, Listing
-from unetrkit.data.folds import Split, assign_folds, split_cases
+from unetrkit.data.folds import Split
 from unetrkit.data.layouts import read_layout, stem
 from unetrkit.errors import UserError, many
-
-__all__ = ["Case", "Dataset", "assign_folds", "outside", "read_dataset", "split_cases"]
 
 BIDS_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)(?:_.*)?")
 UNSAFE = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f]')
@@ -97,10 +93,8 @@ def cases_to_learn_from(dataset: Dataset) -> list[Case]:
     if labelled or (cases and not dataset.labels):
         return labelled or cases
     hint = "add cases with an `image` and a `label` to `training`"
-    raise UserError(
-        f"`{dataset.name}` has no labelled case to learn from",
-        hint=f"{hint}; `--unlabelled` prepares images alone, for pre-training" if cases else hint,
-    )
+    hint = f"{hint}; `--unlabelled` prepares images alone, for pre-training" if cases else hint
+    raise UserError(f"`{dataset.name}` has no labelled case to learn from", hint=hint)
 
 
 def outside(path: Path, root: Path) -> bool:
@@ -110,7 +104,7 @@ def outside(path: Path, root: Path) -> bool:
 
 def _require_files(listing: Listing, allow_outside: bool) -> None:
     missing = []
-    for entry, path in [(one, path) for one in listing.entries for path in one.files]:
+    for entry, path in [(one, path) for one in listing.entries for path in (*one.images, one.label) if path]:
         try:
             str(path).encode()
             leaves, exists = outside(path, listing.root), path.exists()
@@ -120,16 +114,12 @@ def _require_files(listing: Listing, allow_outside: bool) -> None:
             name = path.name[:60]
             if isinstance(error, UnicodeError):
                 name, reason = str(path), "it is not UTF-8"
-            raise UserError(
-                f"{entry.where}: {name!r} cannot be the name of a file: {reason}",
-                hint="rename the file, or correct the path in the list",
-            ) from error
+            message = f"{entry.where}: {name!r} cannot be the name of a file: {reason}"
+            raise UserError(message, hint="rename the file, or correct the path in the list") from error
         if leaves and not allow_outside:
             written = os.path.relpath(path, listing.root)
-            raise UserError(
-                f"{entry.where}: `{written}` leads out of the folder `{listing.root}`",
-                hint="move the file there, or pass --allow-outside if you trust this list",
-            )
+            hint = "move the file there, or pass --allow-outside if you trust this list"
+            raise UserError(f"{entry.where}: `{written}` leads out of the folder `{listing.root}`", hint=hint)
         if not exists:
             missing.append(f"{entry.where}: there is no file `{path}`")
     if missing:
@@ -153,16 +143,12 @@ def _require_distinct(listing: Listing) -> None:
     for entry, path in [(one, path) for one in listing.entries for path in one.images]:
         real = path.resolve()
         if real in seen:
-            raise UserError(
-                f"{entry.where} and {seen[real].where} have the same image `{path}`",
-                hint="remove one of the two entries",
-            )
+            message = f"{entry.where} and {seen[real].where} have the same image `{path}`"
+            raise UserError(message, hint="remove one of the two entries")
         seen[real] = entry
         if entry.label and entry.label.resolve() == real:
-            raise UserError(
-                f"{entry.where}: `{entry.label}` is both image and label",
-                hint="give the file of the label map as `label`",
-            )
+            message = f"{entry.where}: `{entry.label}` is both image and label"
+            raise UserError(message, hint="give the file of the label map as `label`")
 
 
 def _channels(listing: Listing) -> tuple[str, ...]:
@@ -170,16 +156,12 @@ def _channels(listing: Listing) -> tuple[str, ...]:
     count = len(first.images)
     for entry in listing.entries:
         if len(entry.images) != count:
-            raise UserError(
-                f"{entry.where} has {many(len(entry.images), 'image')}, but {first.where} has {count}",
-                hint="give every case one file, or one file per channel",
-            )
+            message = f"{entry.where} has {many(len(entry.images), 'image')}, but {first.where} has {count}"
+            raise UserError(message, hint="give every case one file, or one file per channel")
     # one 4D file may hold all the declared channels
     if declared and count not in (1, len(declared)):
-        raise UserError(
-            f"{first.where} has {count} images, but {len(declared)} in `channel_names`",
-            hint="declare as many channels as there are files for each case",
-        )
+        message = f"{first.where} has {count} images, but {len(declared)} in `channel_names`"
+        raise UserError(message, hint="declare as many channels as there are files for each case")
     return declared or (("image",) if count == 1 else tuple(f"image_{k}" for k in range(count)))
 
 

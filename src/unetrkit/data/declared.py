@@ -1,7 +1,5 @@
 """What a data set declares, in any of the ways people write it: cases, classes, channels."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,6 @@ class Entry:
     subject: str | None = None
     name: str | None = None
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.images if self.label is None else (*self.images, self.label)
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -52,11 +46,8 @@ def declared_entry(where: str, item: object, split: Split, root: Path) -> Entry:
         raise _expected(where, "a path or an object with `image`", item)
     images, label, fold, subject = (fields.get(key) for key in ("image", "label", "fold", "subject"))
     images = [images] if isinstance(images, str) else images
-    if (
-        not isinstance(images, list)
-        or not images
-        or not all(text and isinstance(text, str) for text in images)
-    ):
+    paths = images if isinstance(images, list) else []
+    if not paths or not all(text and isinstance(text, str) for text in paths):
         raise _expected(f"{where}: `image`", "a path or a list of paths", fields.get("image"))
     if label is not None and not isinstance(label, str):
         raise _expected(f"{where}: `label`", "one path", label)
@@ -64,9 +55,9 @@ def declared_entry(where: str, item: object, split: Split, root: Path) -> Entry:
         raise _expected(f"{where}: `fold`", "a whole number from 0", fold)
     if subject is not None and (type(subject) not in (str, int) or subject == ""):
         raise _expected(f"{where}: `subject`", "a text or a whole number", subject)
-    paths = tuple(root / text for text in images)
     subject = None if subject is None else str(subject)
-    return Entry(where, paths, root / label if label else None, split, fold, subject)
+    files = tuple(root / text for text in paths), root / label if label else None
+    return Entry(where, *files, split, fold, subject)
 
 
 def _expected(where: str, what: str, found: object) -> UserError:
@@ -104,10 +95,8 @@ def declared_channels(declared: object, source: Path) -> tuple[str, ...]:
         numbers = [str(k) for k in range(len(names))]
         names = [names[k] for k in numbers] if names.keys() == set(numbers) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"`{source}`: the channels must be names, found {short(declared)}",
-            hint='write `channel_names` as {"0": "CT"}',
-        )
+        message = f"`{source}`: the channels must be names, found {short(declared)}"
+        raise UserError(message, hint='write `channel_names` as {"0": "CT"}')
     return tuple(names)
 
 

@@ -4,8 +4,6 @@ The usual readers average the spacing over a missing slice and shear a tilted ga
 must form a grid: one orientation, one size, equal steps along the slices' normal.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +14,12 @@ import numpy as np
 from unetrkit.data.files import read_problems
 from unetrkit.data.geometry import LPS_TO_RAS
 from unetrkit.data.source import Source, checked_header, file_size, refused
-from unetrkit.errors import MissingExtra, UserError
+from unetrkit.errors import MissingExtra, UserError, many
 
 # files that lie beside slices; everything else must be DICOM, or a damaged slice would just be missing
-OTHER_FILES = frozenset(
-    ".txt .json .xml .csv .md .pdf .html .png .jpg .gz .nii .nrrd .mha .db .ini .log .zip".split()
-)
+OTHER_FILES = ".txt .json .xml .csv .md .pdf .html .png .jpg .gz .nii .nrrd .mha .db .ini .log .zip".split()
 # objects that belong to a series but hold no slices of it
-OTHER_OBJECTS = frozenset("RTSTRUCT RTPLAN RTDOSE RTRECORD SEG SR PR KO REG FID DOC".split())
+OTHER_OBJECTS = "RTSTRUCT RTPLAN RTDOSE RTRECORD SEG SR PR KO REG FID DOC".split()
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 NUMBERS = {"Rows": 0, "Columns": 0, "BitsAllocated": 0, "PixelRepresentation": 0, "SamplesPerPixel": 1}
 TOLERANCE = 0.1  # of a slice step, or of a pixel
@@ -105,17 +101,13 @@ def _read_slice(path: Path) -> _Slice | None:
             encoded = syntax.is_encapsulated or syntax.is_deflated
             if not encoded and syntax.is_implicit_VR:
                 pixels_at -= 4  # its lengths are without a type
-            rows, columns, bits, signed, samples = (
-                int(values.get(name) or default) for name, default in NUMBERS.items()
-            )
+            numbers = (int(values.get(name) or default) for name, default in NUMBERS.items())
+            rows, columns, bits, signed, samples = numbers
             frames = int(values.get("NumberOfFrames") or 1)
             place = [values.get(name) for name in PLACE]
             thickness = values.get("SpacingBetweenSlices") or values.get("SliceThickness") or 0
-            # printable, on one line
-            modality, uid = (
-                re.sub(r"[^\w.]", "?", str(values.get(name) or ""))
-                for name in ("Modality", "SeriesInstanceUID")
-            )
+            names = (str(values.get(name) or "") for name in ("Modality", "SeriesInstanceUID"))
+            modality, uid = (re.sub(r"[^\w.]", "?", name) for name in names)  # printable, on one line
     except UserError:
         raise
     except Exception as error:  # on damaged files pydicom raises nearly anything
@@ -132,14 +124,12 @@ def _read_slice(path: Path) -> _Slice | None:
         raise refused(path, f"holds colours ({samples} samples per pixel)", "give CT, MR or PET slices")
     for name, value in zip(PLACE, place, strict=True):
         if not value:
-            raise refused(
-                path, f"has no {name}: its place in space is not known", "give CT, MR or PET slices"
-            )
+            reason = f"has no {name}: its place in space is not known"
+            raise refused(path, reason, "give CT, MR or PET slices")
     if not encoded and size - pixels_at < rows * columns * bits // 8:  # else the decoder notices: `_pixels`
         there = max(0, size - pixels_at)
-        raise refused(
-            path, f"is truncated: {there} of {rows * columns * bits // 8} bytes of pixels are there"
-        )
+        reason = f"is truncated: {there} of {rows * columns * bits // 8} bytes of pixels are there"
+        raise refused(path, reason)
     try:
         position, directions, (between_rows, between_columns) = (np.array(v, dtype=float) for v in place)
         directions = directions.reshape(2, 3)
@@ -199,11 +189,7 @@ def _step(folder: Path, slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
     if np.abs(gaps - usual).max() > max(TOLERANCE * usual, min(0.11, 0.4 * usual)):
         at = int(np.abs(gaps - usual).argmax())
         missing = round(gaps[at] / usual) - 1
-        what = (
-            f"misses {missing} slice{'s' if missing > 1 else ''}"
-            if missing > 0
-            else "has unevenly spaced slices"
-        )
+        what = f"misses {many(missing, 'slice')}" if missing > 0 else "has unevenly spaced slices"
         reason = f"{what}: {gaps[at]:.4g} mm instead of {usual:.4g} mm between {between(at)}"
         raise refused(folder, reason, "copy the whole series, or resample it to even steps")
     return step

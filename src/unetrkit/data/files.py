@@ -1,7 +1,5 @@
 """Whole files: a reader finds the old one or the new one, never half of one."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import hashlib

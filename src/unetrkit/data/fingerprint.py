@@ -3,8 +3,6 @@
 The idea is nnU-Net's (https://doi.org/10.1038/s41592-020-01008-z), cut down to what a fixed network needs.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -70,17 +68,15 @@ def make_plan(
             )
     counts = sum((Counter(one.counts) for one in prints), Counter())
     if labelled and not set(counts) - {0}:
-        raise UserError(
-            f"no voxel of `{dataset.name}` is labelled: there is nothing to learn",
-            hint="check that the labels are the drawn masks: `unetrkit check` counts their voxels",
-        )
+        hint = "check that the labels are the drawn masks: `unetrkit check` counts their voxels"
+        raise UserError(f"no voxel of `{dataset.name}` is labelled: there is nothing to learn", hint=hint)
     samples = np.concatenate([one.samples for one in prints], axis=1)
     declared = [is_ct(name) for name in channels]
     ct = [all(one.like_ct[k] for one in prints) if says is None else says for k, says in enumerate(declared)]
     x, y, z = (float(f"{mm:.6g}") for mm in np.median([one.spacing for one in prints], axis=0))
     extent = np.median([one.body_box if all(ct) else one.relative_box for one in prints], axis=0).tolist()
     names = {0: "background"} | (dataset.labels or {k: f"class {k}" for k in counts if k != 0})
-    names = names if labelled else {}
+    names, voxels = names if labelled else {}, sum(counts.values())
     return Plan(
         dataset=dataset.name,
         channels=channels,
@@ -93,9 +89,7 @@ def make_plan(
             "cases": len(prints),
             "shape (smallest, median, largest)": _spread([one.shape for one in prints]),
             "spacing (smallest, median, largest)": _spread([one.spacing for one in prints]),
-            "share of voxels": {
-                names[k]: float(f"{counts[k] / sum(counts.values()):.3g}") for k in sorted(names)
-            },
+            "share of voxels": {names[k]: float(f"{counts[k] / voxels:.3g}") for k in sorted(names)},
         },
     )
 

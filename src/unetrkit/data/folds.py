@@ -1,7 +1,5 @@
 """Which cases train and which validate: folds per subject, the same on every machine and in every version."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -65,10 +63,9 @@ def split_cases(
         training, validation = _cross_validate(training, fold or 0, folds, seed)
     both = sorted({case.subject for case in training} & {case.subject for case in validation})
     if both:
-        raise UserError(
-            f"subject `{both[0]}` has cases for training and for validation ({len(both)} such subjects)",
-            hint="put all cases of a subject into one split and one fold of the data list",
-        )
+        message = f"subject `{both[0]}` has cases for training and for validation ({len(both)} such subjects)"
+        hint = "put all cases of a subject into one split and one fold of the data list"
+        raise UserError(message, hint=hint)
     return training, validation
 
 
@@ -98,8 +95,7 @@ def _cross_validate(
     if not training or not validation:
         subjects, left = len({case.subject for case in cases}), many(len(training), "case")
         few = "" if declared else "there are too few subjects to make folds: "
-        raise UserError(
-            f"{few}fold {fold} leaves {left} for training and {len(validation)} for validation",
-            hint=f"the data set has {many(subjects, 'subject')} for training; use fewer folds, or add cases",
-        )
+        message = f"{few}fold {fold} leaves {left} for training and {len(validation)} for validation"
+        hint = f"the data set has {many(subjects, 'subject')} for training; use fewer folds, or add cases"
+        raise UserError(message, hint=hint)
     return training, validation

@@ -6,11 +6,12 @@ Voxel coordinates are (x, y, z) indices; an affine takes them to RAS+ millimetre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 if TYPE_CHECKING:
     from unetrkit.data.volume import Volume
@@ -54,7 +55,7 @@ class Grid:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Grid:
         """The inverse of `to_dict`, also after JSON has made lists of the tuples."""
-        return cls(**{field.name: _tuples(values[field.name]) for field in fields(cls)})
+        return TypeAdapter(cls).validate_python(values)
 
     @property
     def box_shape(self) -> Triple:
@@ -250,12 +251,14 @@ def same_grid(
     return f"its origin is {distance:.4g} mm away"
 
 
+def off_grid(volume: Volume, other: Volume) -> str | None:
+    """`same_grid` of two volumes."""
+    shape, other_shape = volume.array.shape[1:], other.array.shape[1:]
+    return same_grid(volume.affine, shape, other.affine, other_shape)
+
+
 def _by(values: Sequence[float]) -> str:
     return "x".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
-
-
-def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -1,7 +1,5 @@
 """What can be said of one case by reading it once: facts, and what is wrong with it by itself."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ SimpleITK reads a truncated file without an error and puts zeros for what is mis
 (left, posterior, superior); what leaves this module is RAS+.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

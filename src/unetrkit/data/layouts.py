@@ -1,7 +1,5 @@
 """What each layout says, before anything is believed: JSON, nnU-Net raw folder, folder of pairs, CSV."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,15 +79,13 @@ def _read_entries(
         return _read_list(root, source, declared)
     of_nnunet = "file_ending" in declared or {"channel_names", "numTraining"} <= declared.keys()
     images = root / "imagesTr"
-    if images.is_dir() and (
-        of_nnunet or (is_folder and any(CHANNEL_SUFFIX.search(stem(file)) for file in _images_in(images)))
-    ):
+    numbered = is_folder and any(CHANNEL_SUFFIX.search(stem(file)) for file in _images_in(images))
+    if images.is_dir() and (of_nnunet or numbered):
         return _read_nnunet(root, str(declared.get("file_ending", "")))
     if is_folder:
         return _read_pairs(root, channels)
-    raise UserError(
-        f"`{source}` lists no cases: it has none of the keys `training`, `validation`, `test`", hint=LIST
-    )
+    message = f"`{source}` lists no cases: it has none of the keys `training`, `validation`, `test`"
+    raise UserError(message, hint=LIST)
 
 
 def _read_list(root: Path, source: Path, declared: Mapping[str, object]) -> list[Entry]:
@@ -114,18 +110,14 @@ def _read_nnunet(root: Path, ending: str) -> list[Entry]:
         by_case = _by_case(_images_in(images, ending))
         label_of = {stem(file): file for file in _images_in(labels, ending)}
         for name in sorted(label_of.keys() - by_case.keys()):
-            raise UserError(
-                f"`{label_of[name]}` has no image `{name}_0000` in `{images}`",
-                hint="add the image, or move the label away",
-            )
+            message = f"`{label_of[name]}` has no image `{name}_0000` in `{images}`"
+            raise UserError(message, hint="add the image, or move the label away")
         for name, files in sorted(by_case.items()):
             fold = folds.get(name) if split == "training" else None
             entries.append(_numbered_entry(name, files, label_of.get(name), split, fold))
     for name in sorted(folds.keys() - {entry.name for entry in entries}):
-        raise UserError(
-            f"`{splits}` names the case `{name}`, which has no image",
-            hint="add the image, or remove the file: folds are made without it",
-        )
+        message = f"`{splits}` names the case `{name}`, which has no image"
+        raise UserError(message, hint="add the image, or remove the file: folds are made without it")
     return entries
 
 
@@ -142,10 +134,8 @@ def _numbered_entry(
 ) -> Entry:
     if [stem(file) for file in files] != [f"{name}_{k:04d}" for k in range(len(files))]:
         found = ", ".join(file.name for file in files)
-        raise UserError(
-            f"case `{name}`: channels must be numbered from _0000 on, found {found}",
-            hint=f"name the files of its channels `{name}_0000`, `{name}_0001` …",
-        )
+        message = f"case `{name}`: channels must be numbered from _0000 on, found {found}"
+        raise UserError(message, hint=f"name the files of its channels `{name}_0000`, `{name}_0001` …")
     where = f"case `{name}` of `{files[0].parent.name}`"
     return Entry(where, tuple(files), label, split, fold, name=name)
 
@@ -187,17 +177,13 @@ def _read_pairs(root: Path, channels: int | None) -> list[Entry]:
     for label in label_files:
         image = by_key.get(stem(label)) or by_key.get(LABEL_SUFFIX.sub("", stem(label)))
         if image is None:
-            raise UserError(
-                f"`{label}` has no image of the same name", hint=f"images are looked for in `{images}`"
-            )
+            message = f"`{label}` has no image of the same name"
+            raise UserError(message, hint=f"images are looked for in `{images}`")
         if label_of.setdefault(image, label) != label:
-            raise UserError(
-                f"`{image}` has two labels: `{label_of[image].name}` and `{label.name}`",
-                hint="move one of them away, or name the right one in a data list",
-            )
-    return [
-        Entry(f"`{file.relative_to(root)}`", (file,), label_of.get(file), "training") for file in image_files
-    ]
+            message = f"`{image}` has two labels: `{label_of[image].name}` and `{label.name}`"
+            raise UserError(message, hint="move one of them away, or name the right one in a data list")
+    named = ((f"`{file.relative_to(root)}`", file) for file in image_files)
+    return [Entry(where, (file,), label_of.get(file), "training") for where, file in named]
 
 
 def _are_channels(files: Sequence[Path], channels: int) -> bool:

@@ -1,11 +1,8 @@
 """Training batches as a function of (seed, step): the same for any number of processes, from any step on."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,12 +69,16 @@ class StepBatches(Dataset[tuple[Batch, Unread] | UserError]):
 
     def __getitem__(self, step: int) -> tuple[Batch, Unread] | UserError:
         unread: Unread = {}
+        threads = torch.get_num_threads()
+        # as in a worker: sums depend in their last bits on how many threads share them
+        torch.set_num_threads(1)
         try:
-            with _one_thread():
-                return self._batch(step, unread), unread
+            return self._batch(step, unread), unread
         except UserError as error:
             # returned, not raised: torch rebuilds what a worker raises from its traceback and loses the hint
             return error
+        finally:
+            torch.set_num_threads(threads)
 
 
 def read_one(
@@ -207,14 +208,3 @@ def in_order(made: StepBatches, steps: range, workers: int) -> Iterator[Batch]:
                 say(f"warning: {what}; the next case takes its place")
             said.add(folder)
         yield batch
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread, as in a worker: sums depend in their last bits on how many threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -4,8 +4,6 @@ nibabel stops at the last voxel and never sees the gzip checksum behind it: one 
 in half of a volume, without an error. Here the stream is read to its end.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging
@@ -71,9 +69,8 @@ def open_mgh(path: Path) -> Source:
     if len(block) < 284 or int.from_bytes(block[:4], "big") != 1:
         raise not_an_image(path, block, "a FreeSurfer MGH file")
     header = MGHHeader(block, check=False)
-    notes = (
-        [] if header["goodRASFlag"] else ["the header has no orientation: FreeSurfer's default is assumed"]
-    )
+    missing = "the header has no orientation: FreeSurfer's default is assumed"
+    notes = [] if header["goodRASFlag"] else [missing]
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             dtype, affine = header.get_data_dtype(), header.get_affine()

@@ -1,11 +1,9 @@
 """One part of a list of cases: what one job of an array does."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from unetrkit.errors import UserError
 
@@ -24,7 +22,7 @@ class Part:
     parts: int
 
     @classmethod
-    def read(cls, text: str) -> Part:
+    def read(cls, text: str) -> Self:
         """From words such as `3/16`. Raises UserError for any other."""
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):

@@ -7,8 +7,7 @@ contrast-enhanced CT in the portal-venous phase; a voxel is the mean of 2x2x2 fi
 plus correlated noise.
 """
 
-from __future__ import annotations
-
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,21 +23,10 @@ from unetrkit.data.processes import for_each
 from unetrkit.data.volume import Volume
 
 ORGANS = (
-    "background",
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
+    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
+    "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
     "left adrenal gland",
-)
+)  # fmt: skip
 # Portal-venous phase, mean HU by organ id; 0 is filled by the body's own tissues.
 ORGAN_HU = (0, 125, 185, 185, 8, 45, 112, 30, 160, 145, 172, 92, 66, 66)
 AIR, LUNG, FAT, MUSCLE, BONE, BOWEL, GAS = -1000.0, -840.0, -105.0, 55.0, 420.0, 32.0, -600.0
@@ -154,11 +142,12 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
 
     half = np.array([150.0, 106.0]) * scale[:2]
     body = np.array([half[0], half[1], 1e4])
-    tissue = [(FAT, _ellipsoid(np.zeros(3), body, np.zeros(2)))]
-    tissue.append((MUSCLE, _ellipsoid(drift, np.array([0.92, 0.9, 1]) * body, np.zeros(2))))
-    tissue.append(
-        (FAT, _ellipsoid(drift + np.array([0, 6, 0]), np.array([0.82, 0.78, 1]) * body, np.zeros(2)))
-    )
+    inner = drift + np.array([0, 6, 0])
+    tissue = [
+        (FAT, _ellipsoid(np.zeros(3), body, np.zeros(2))),
+        (MUSCLE, _ellipsoid(drift, np.array([0.92, 0.9, 1]) * body, np.zeros(2))),
+        (FAT, _ellipsoid(inner, np.array([0.82, 0.78, 1]) * body, np.zeros(2))),
+    ]
     for side in (1, -1):  # lungs reach down from the top, psoas and back muscles run along the spine
         tissue.append((LUNG, _ellipsoid(place((side * 70, 0, 250), 4), np.array([52, 72, 62]), np.zeros(2))))
         tissue.append((MUSCLE, _tube(np.array([[side * 34, -58, -20], [side * 40, -84, 240]]) * scale, 18.0)))
@@ -250,13 +239,8 @@ def _write_subject(out: Path, names: list[str], seed: int, coarseness: float, in
         image = nib.Nifti1Image(array, volume.affine)
         image = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), stored))
         image.header.set_xyzt_units("mm")
-        atomic_write(out / folder / f"{names[index]}.nii.gz", _compress(image.to_bytes()))
-
-
-def _compress(content: bytes) -> bytes:
-    import gzip
-
-    return gzip.compress(content, compresslevel=4, mtime=0)
+        content = gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
+        atomic_write(out / folder / f"{names[index]}.nii.gz", content)
 
 
 def write_phantom(

@@ -1,13 +1,11 @@
 """The plan: everything that must be the same for training and for predicting, as data a person can read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -19,6 +17,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Extent = Annotated[int, Field(ge=16, le=512, multiple_of=16)]
 
+# what a person may write, for messages
+SPACING = "mm along x, y and z, as in `spacing=1.5,1.5,2.0`"
+INTENSITY = "as in `intensity.0.kind=window`, `intensity.0.lower=-175` and `intensity.0.upper=250`"
+PATCH_SIZE = "voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`"
 LINE = 90  # characters of a list or an object that is written on one line
 # one without another in it; a line break within a text is written as \n, so each of these parts two values
 INNERMOST = re.compile(r"([\[{])\n +([^\n\[\]{}]++(?:\n ++[^\n\[\]{}]++)*)\n *([\]}])")
@@ -44,7 +46,7 @@ class Intensity(Settings):
     upper: Finite
 
     @model_validator(mode="after")
-    def _ordered(self) -> Intensity:
+    def _ordered(self) -> Self:
         if not self.lower < self.upper:
             raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
         if self.kind == "zscore" and not (0 <= self.lower and self.upper <= 100):
@@ -63,15 +65,9 @@ class Plan(Settings):
     dataset: str
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     classes: tuple[LabelClass, ...]
-    spacing: tuple[Positive, Positive, Positive] = Field(
-        description="mm along x, y and z, as in `spacing=1.5,1.5,2.0`"
-    )
-    intensity: tuple[Intensity, ...] = Field(
-        description="as in `intensity.0.kind=window`, `intensity.0.lower=-175` and `intensity.0.upper=250`"
-    )
-    patch_size: tuple[Extent, Extent, Extent] = Field(
-        description="voxels along x, y and z, multiples of 16 up to 512, as in `patch_size=96,96,96`"
-    )
+    spacing: Annotated[tuple[Positive, Positive, Positive], Field(description=SPACING)]
+    intensity: Annotated[tuple[Intensity, ...], Field(description=INTENSITY)]
+    patch_size: Annotated[tuple[Extent, Extent, Extent], Field(description=PATCH_SIZE)]
     crop_foreground: bool = True
     # false: each case keeps its own spacing, and `spacing` is only what is usual
     resample: bool = True
@@ -81,7 +77,7 @@ class Plan(Settings):
     statistics: dict[str, object] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Plan:
+    def _consistent(self) -> Self:
         if len(self.intensity) != len(self.channels):
             raise ValueError(f"{len(self.channels)} channels but {len(self.intensity)} intensity entries")
         ids = [c.id for c in self.classes]
@@ -121,33 +117,13 @@ class Plan(Settings):
 # dae: disruptive autoencoders (https://arxiv.org/abs/2307.16896), whose 2 mm are an option there; their
 # z-score of MR leaves what is 0 at 0, ours does not.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "btcv": {
-        "spacing": [1.5, 1.5, 2.0],
-        "intensity": [{"kind": "window", "lower": -175.0, "upper": 250.0}],
-        "patch_size": [96, 96, 96],
-        "crop_foreground": True,
-    },
-    "swin_ssl": {
-        "intensity": [{"kind": "window", "lower": -1000.0, "upper": 1000.0}],
-        "patch_size": [96, 96, 96],
-        "crop_foreground": True,
-        "resample": False,
-    },
-    "vit_ssl": {
-        "spacing": [2.0, 2.0, 2.0],
-        "intensity": [{"kind": "window", "lower": -57.0, "upper": 164.0}],
-        "patch_size": [96, 96, 96],
-        "crop_foreground": True,
-    },
-    "dae": {
-        "intensity": [
-            {"kind": "window", "lower": -1000.0, "upper": 1000.0},
-            {"kind": "zscore", "lower": 0.0, "upper": 100.0},
-        ],
-        "patch_size": [96, 96, 96],
-        "crop_foreground": True,
-        "resample": False,
-    },
+    name: {"patch_size": [96, 96, 96], "crop_foreground": True, **own}
+    for name, own in {
+        "btcv": {"spacing": [1.5, 1.5, 2.0], "intensity": [("window", -175.0, 250.0)]},
+        "swin_ssl": {"resample": False, "intensity": [("window", -1000.0, 1000.0)]},
+        "vit_ssl": {"spacing": [2.0, 2.0, 2.0], "intensity": [("window", -57.0, 164.0)]},
+        "dae": {"resample": False, "intensity": [("window", -1000.0, 1000.0), ("zscore", 0.0, 100.0)]},
+    }.items()
 }
 
 
@@ -183,9 +159,10 @@ def apply_published(plan: Plan, name: str) -> Plan:
     if name not in PUBLISHED:
         raise UserError(f"there is no published plan `{name}`", hint=nearest(name, PUBLISHED))
     fixed = dict(PUBLISHED[name])
-    of_kind = {intensity["kind"]: intensity for intensity in fixed["intensity"]}
-    if len(of_kind) > 1:
-        fixed["intensity"] = [of_kind[own.kind] for own in plan.intensity]
+    names = ("kind", "lower", "upper")
+    of_kind = {one[0]: dict(zip(names, one, strict=True)) for one in fixed["intensity"]}
+    own = [one.kind for one in plan.intensity] if len(of_kind) > 1 else of_kind
+    fixed["intensity"] = [of_kind[kind] for kind in own]
     return parse_plan(plan.model_dump(mode="json") | fixed, f"published plan `{name}`")
 
 
@@ -200,8 +177,6 @@ def override_plan(plan: Plan, overrides: Sequence[str]) -> Plan:
 def parse_plan(values: object, source: str) -> Plan:
     """A plan from plain values (JSON's). Raises UserError naming `source`, the field and its wrong value."""
     if not isinstance(values, dict):
-        raise UserError(
-            f"{source} is not a plan: expected names and values, found a {type(values).__name__}",
-            hint="give the `plan.json` that `unetrkit prepare` wrote",
-        )
+        message = f"{source} is not a plan: expected names and values, found a {type(values).__name__}"
+        raise UserError(message, hint="give the `plan.json` that `unetrkit prepare` wrote")
     return settings_from(Plan, values, source)

@@ -1,7 +1,5 @@
 """From a data set and a plan to a store: each case by itself, again only where something changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -13,7 +11,7 @@ import numpy as np
 
 from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
 from unetrkit.data.files import alone, atomic_write, remove, sha256_file, write_problems
-from unetrkit.data.geometry import reorient, same_grid
+from unetrkit.data.geometry import off_grid, reorient
 from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan, plan_bytes, read_plan
 from unetrkit.data.preprocess import preprocess, preprocess_label
@@ -113,10 +111,8 @@ def _checked(dataset: Dataset, plan: Plan, out: Path) -> tuple[list[Case], Plan]
     if cases[0].label is None:
         plan = plan.model_copy(update={"classes": (), "mirror_pairs": ()})
     elif not plan.classes:
-        raise UserError(
-            f"the plan has no classes, but `{dataset.name}` has labels",
-            hint="`--unlabelled` leaves the labels aside; without `--plan` a plan with classes is computed",
-        )
+        hint = "`--unlabelled` leaves the labels aside; without `--plan` a plan with classes is computed"
+        raise UserError(f"the plan has no classes, but `{dataset.name}` has labels", hint=hint)
     for case in cases:  # a name that cannot be a folder's is refused first
         case_folder(out, case.name)
     _require_ours(out)
@@ -136,7 +132,16 @@ def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
     # one value takes no space and lets everything that reads cases read these
     indices = np.zeros(grid.size, np.uint8) if label is None else preprocess_label(label, grid, plan)
     classes = max(len(plan.classes), 1)
-    write_case(folder, array, indices, grid, classes=classes, source=source, preprocessing=preprocessing)
+    write_case(
+        folder,
+        array,
+        indices,
+        grid,
+        classes=classes,
+        source=source,
+        preprocessing=preprocessing,
+        truth=label,
+    )
     return True
 
 
@@ -149,11 +154,9 @@ def read_case(case: Case) -> tuple[Volume, np.ndarray | None]:
     if case.label is None:
         return image, None
     label = reorient(read_label(case.label), image.affine)
-    if difference := same_grid(image.affine, image.array.shape[1:], label.affine, label.array.shape[1:]):
-        raise UserError(
-            f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}",
-            hint="`unetrkit check` finds every such case",
-        )
+    if difference := off_grid(image, label):
+        message = f"case `{case.name}`: `{case.label}` is not on the grid of `{case.images[0]}`: {difference}"
+        raise UserError(message, hint="`unetrkit check` finds every such case")
     return image, label.array
 
 
@@ -184,10 +187,8 @@ def _require_ours(out: Path) -> None:
     found = {entry.name for entry in out.iterdir() if not entry.name.endswith(".tmp")}
     strange = found - {*FILES, "cases"} or (found if found == {"cases"} else set())
     if strange:
-        raise UserError(
-            f"`{out}` holds something that is not a store: `{min(strange)}`",
-            hint="choose another folder for the store",
-        )
+        message = f"`{out}` holds something that is not a store: `{min(strange)}`"
+        raise UserError(message, hint="choose another folder for the store")
 
 
 def _begin_plan(out: Path, plan: Plan) -> None:
@@ -205,13 +206,8 @@ def _begin_plan(out: Path, plan: Plan) -> None:
 def _remove_others(out: Path, names: set[str]) -> int:
     """Removes the cases that have gone from the data set; anything that is not a case stays."""
     with write_problems(out):
-        gone = [
-            folder
-            for folder in (out / "cases").iterdir()
-            if folder.name not in names
-            and folder.is_dir()
-            and {entry.name for entry in folder.iterdir()} <= CASE_FILES
-        ]
+        others = [one for one in (out / "cases").iterdir() if one.name not in names and one.is_dir()]
+        gone = [one for one in others if {entry.name for entry in one.iterdir()} <= CASE_FILES]
         for folder in gone:
             remove_folder(folder)
     return len(gone)

@@ -1,7 +1,5 @@
 """From a volume to what a network sees: RAS+ axes, foreground box, spacing, normalised intensities."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,10 +34,8 @@ def preprocess(volume: Volume, plan: Plan, source: str = "the image") -> tuple[n
     new_spacing = plan.spacing if plan.resample else spacing
     size = target_size([stop - start for start, stop in box], spacing, new_spacing)
     if np.prod(size, dtype=np.float64) * len(plan.channels) > LARGEST:
-        raise UserError(
-            f"at a spacing of {new_spacing} mm {source} would have {size} voxels",
-            hint="check the spacing in the image's header, or prepare with a coarser one",
-        )
+        hint = "check the spacing in the image's header, or prepare with a coarser one"
+        raise UserError(f"at a spacing of {new_spacing} mm {source} would have {size} voxels", hint=hint)
     x, y, z = volume.array.shape[1:]
     grid = Grid((x, y, z), Grid.nested(volume.affine), axes, flips, box, size)
     array = resample(crop(volume.array, grid), size)
@@ -68,10 +64,8 @@ def preprocess_label(label: np.ndarray, grid: Grid, plan: Plan) -> np.ndarray:
     unknown = (indices == UNKNOWN) | (inside < 0) | (inside > 65535)
     if unknown.any():
         ids = np.unique(inside[unknown]).tolist()
-        raise UserError(
-            f"the label holds ids that are not classes of the plan: {', '.join(map(str, ids[:10]))}",
-            hint="name every id in the data set's `labels`",
-        )
+        message = f"the label holds ids that are not classes of the plan: {', '.join(map(str, ids[:10]))}"
+        raise UserError(message, hint="name every id in the data set's `labels`")
     return resample_label(indices, grid.size)
 
 

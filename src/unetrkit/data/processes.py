@@ -1,7 +1,5 @@
 """One function over many cases, on many processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -12,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, TypeVar
 
-from unetrkit.data.datalist import Case
 from unetrkit.errors import UserError
 from unetrkit.progress import Progress
 
@@ -76,26 +74,29 @@ def for_each(
                 yield position, result
     except BrokenProcessPool as error:
         names = ", ".join(f"`{name(item)}`" for _, item in running.values())
-        raise UserError(
-            f"a worker process was killed while it worked on one of {names}", hint=MEMORY
-        ) from error
+        message = f"a worker process was killed while it worked on one of {names}"
+        raise UserError(message, hint=MEMORY) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def map_cases(
-    function: Callable[[Case], Result],
-    cases: Sequence[Case],
+    function: Callable[[Item], Result],
+    cases: Sequence[Item],
     workers: int | None,
     progress: Progress | None,
     each: Each = for_each,
 ) -> list[Result]:
-    """The results of all cases, in their order, whatever the workers did; `each` says where they are."""
+    """The results of all cases, in their order, whatever the workers did; `each` says where they are.
+
+    `cases` are anything that has a `name`.
+    """
     results: dict[int, Result] = {}
-    for position, result in each(function, cases, workers, lambda case: case.name):
+    name = attrgetter("name")
+    for position, result in each(function, cases, workers, name):
         results[position] = result
         if progress:
-            progress(len(results), len(cases), cases[position].name)
+            progress(len(results), len(cases), name(cases[position]))
     return [results[position] for position in range(len(cases))]
 
 

@@ -4,25 +4,20 @@ The distribution of patches is that of the published recipe (MONAI's RandCropByP
 centre to one background centre).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from unetrkit.data.chunks import Triple
 from unetrkit.data.plan import Extent, Intensity, Settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from unetrkit.data.chunks import Triple
-    from unetrkit.data.store import StoredCase
+from unetrkit.data.store import StoredCase
 
 
 class SamplingSettings(Settings):
@@ -85,11 +80,9 @@ def draw_corner(
     A case without foreground gives background centres, and one without background foreground centres.
     Along an axis shorter than the patch the volume is centred in it, and the corner is negative (or 0).
     """
-    k = _draw_class(generator, case.counts, settings)
-    centres = case.centres(k)
-    return corner_around(
-        centres[int(torch.randint(len(centres), (1,), generator=generator))], size, case.shape
-    )
+    centres = case.centres(_draw_class(generator, case.counts, settings))
+    n = int(torch.randint(len(centres), (1,), generator=generator))
+    return corner_around(centres[n], size, case.shape)
 
 
 def corner_around(centre: Sequence[int], size: Triple, shape: Triple) -> Triple:

@@ -1,7 +1,5 @@
 """What every format gives: a checked header, and voxels read when asked for, from checked streams."""
 
-from __future__ import annotations
-
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -129,9 +127,8 @@ def require_length(path: Path, header: Header, start: int, wbits: int) -> None:
     """Raises UserError where the file is too short for its header, before room is made for the voxels."""
     wanted, on_disk = header.count * header.dtype.itemsize, file_size(path)
     if wanted + start > (on_disk * DEFLATE_LIMIT + SLACK if wbits else on_disk):
-        raise refused(
-            path, f"is truncated: its header declares {wanted + start} bytes, the file has {on_disk}"
-        )
+        reason = f"is truncated: its header declares {wanted + start} bytes, the file has {on_disk}"
+        raise refused(path, reason)
 
 
 def pieces(path: Path, wbits: int, start: int = 0) -> Iterator[bytes]:
@@ -150,9 +147,8 @@ def pieces(path: Path, wbits: int, start: int = 0) -> Iterator[bytes]:
                 elif not stream.eof:
                     data = stream.unconsumed_tail or file.read(CHUNK)
                 elif wbits == GZIP and (data := (stream.unused_data or file.read(CHUNK)).lstrip(b"\0")):
-                    stream = zlib.decompressobj(
-                        wbits
-                    )  # gzip files may be several in a row; zeros are padding
+                    # gzip files may be several in a row; zeros are padding
+                    stream = zlib.decompressobj(wbits)
                 else:
                     return
             if stream:

@@ -2,11 +2,9 @@
 
 STORE/plan.json                 the plan that the cases were prepared with
 STORE/store.json                the index; written last: without it the store is not finished
-STORE/cases/NAME/case.json      grid, shape, counts, and how the three arrays lie in their files
-STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres
+STORE/cases/NAME/case.json      grid, shape, counts, and how the arrays lie in their files
+STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres, truth
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -16,19 +14,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from unetrkit.data.chunks import AGAIN, LABEL_CHUNK, ChunkedArray, Damaged, Layout, Triple, write_chunks
+from unetrkit.data.copies import bring, copy_of
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Plan, plan_hash, read_plan
+from unetrkit.data.remote import spelt
 from unetrkit.errors import UserError
 
 FORMAT = 3  # another number and every case is prepared again
 CENTRES = 20_000  # voxels kept for each class of a case
-ARRAYS = ("image", "label", "centres")
+ARRAYS = ("image", "label", "centres", "truth")
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,16 @@ class CaseRecord:
     centres: tuple[int, ...]
     layouts: dict[str, Layout]
 
-    @classmethod
-    def read(cls, folder: Path) -> CaseRecord:
+    @staticmethod
+    def read(folder: Path) -> "CaseRecord":
         """Raises Damaged where case.json is not as it was written."""
-        values = unseal(folder / "case.json")
-        layouts = {name: Layout.from_dict(values["layouts"][name]) for name in ARRAYS}
-        counts, centres = tuple(values["counts"]), tuple(values["centres"])
-        grid = Grid.from_dict(values["grid"])
-        return cls(values["source"], values["preprocessing"], grid, counts, centres, layouts)
-
-    def to_dict(self) -> dict[str, Any]:
-        layouts = {name: asdict(layout) for name, layout in self.layouts.items()}
-        return {"format": FORMAT} | vars(self) | {"grid": self.grid.to_dict(), "layouts": layouts}
+        return RECORD.validate_python(unseal(folder / "case.json"))
 
     def arrays(self, folder: Path) -> dict[str, ChunkedArray]:
         return {name: ChunkedArray(folder / f"{name}.chunks", one) for name, one in self.layouts.items()}
+
+
+RECORD = TypeAdapter(CaseRecord)
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,7 @@ class StoredCase:
 
     @cached_property
     def arrays(self) -> dict[str, ChunkedArray]:
+        bring(self.path.parents[1], (self.path / f"{name}.chunks" for name in self.record.layouts))
         return self.record.arrays(self.path)
 
     def image(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -138,21 +135,21 @@ class Store:
     plan_hash: str
     cases: tuple[StoredCase, ...]
 
-    @staticmethod
-    def open(path: Path) -> Store:
+    @classmethod
+    def open(cls, path: Path) -> Self:
         """Raises UserError for a store that is missing, unfinished, damaged, or whose plan was changed."""
+        where, path = spelt(path), copy_of(path, "stores")
         if not (path / "store.json").is_file():
             if (path / "plan.json").is_file():
                 hint = "run `unetrkit prepare` again: it goes on where it was"
-                raise UserError(f"the store in `{path}` is not finished", hint=hint)
-            raise UserError(f"there is no store in `{path}`", hint="run `unetrkit prepare` first")
+                raise UserError(f"the store in `{where}` is not finished", hint=hint)
+            raise UserError(f"there is no store in `{where}`", hint="run `unetrkit prepare` first")
         index = unseal(path / "store.json")
         plan = read_plan(path / "plan.json")
         if sha256_file(path / "plan.json") != index["plan"]:
-            raise UserError(
-                f"the store in `{path}` was prepared with another plan than its `plan.json` is now",
-                hint="give a changed plan to `unetrkit prepare --plan`; what it changes is redone",
-            )
+            message = f"the store in `{where}` was prepared with another plan than its `plan.json` is now"
+            hint = "give a changed plan to `unetrkit prepare --plan`; what it changes is redone"
+            raise UserError(message, hint=hint)
         preprocessing = preprocessing_hash(plan)
         cases = tuple(_case(path, entry) for entry in index["cases"])
         for case in cases:
@@ -161,7 +158,7 @@ class Store:
             if case.record.source != case.source:
                 message = f"case `{case.name}` in `{path}` is not the one that `store.json` lists"
                 raise Damaged(f"{message}: the last `prepare` has not finished, or its folder was exchanged")
-        return Store(path, index["name"], plan, plan_hash(plan), cases)
+        return cls(path, index["name"], plan, plan_hash(plan), cases)
 
 
 def _case(path: Path, entry: Mapping[str, Any]) -> StoredCase:
@@ -174,10 +171,8 @@ def _case(path: Path, entry: Mapping[str, Any]) -> StoredCase:
 def case_folder(store: Path, name: str) -> Path:
     """Where a case lies. Raises UserError for a name that would leave the store."""
     if not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise UserError(
-            f"`{name}` cannot be the name of a case",
-            hint="rename the image: the name of a case comes from its file name",
-        )
+        message = f"`{name}` cannot be the name of a case"
+        raise UserError(message, hint="rename the image: the name of a case comes from its file name")
     return store / "cases" / name
 
 
@@ -197,18 +192,20 @@ def write_case(
     classes: int,
     source: str,
     preprocessing: str,
+    truth: np.ndarray | None = None,
 ) -> None:
     """Writes one case: image (c, x, y, z), label (x, y, z) of class indices. It is there whole or not at all.
+
+    truth: the label ids (1, x, y, z) on the case's own grid: another machine does not have their file.
 
     Raises UserError where the image is not finite as float16 or the disk is full.
     """
     with np.errstate(over="ignore"):
         small = image.astype(np.float16)
     if not np.isfinite(small).all():
-        raise UserError(
-            f"the prepared image holds {np.abs(image).max()}, which is too large to be stored",
-            hint="check the image for wrong intensities: `unetrkit check` shows their range",
-        )
+        message = f"the prepared image holds {np.abs(image).max()}, which is too large to be stored"
+        hint = "check the image for wrong intensities: `unetrkit check` shows their range"
+        raise UserError(message, hint=hint)
     coordinates, kept, counts = pick_centres(small, label, classes)
     rows = coordinates[None, :, :, None]  # 1 n 3 1
     temporary = folder.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -220,8 +217,11 @@ def write_case(
             "label": write_chunks(temporary / "label.chunks", label[None], LABEL_CHUNK),
             "centres": write_chunks(temporary / "centres.chunks", rows, (CENTRES, 3, 1)),
         }
+        if truth is not None:
+            ids = truth.astype(np.min_scalar_type(truth.max())) if truth.min() >= 0 else truth
+            layouts["truth"] = write_chunks(temporary / "truth.chunks", ids, LABEL_CHUNK)
         record = CaseRecord(source, preprocessing, grid, counts, kept, layouts)
-        atomic_write(temporary / "case.json", seal(record.to_dict()))
+        atomic_write(temporary / "case.json", seal({"format": FORMAT} | asdict(record)))
         with write_problems(folder):
             remove_folder(folder)
             temporary.rename(folder)
@@ -291,8 +291,6 @@ def unseal(path: Path) -> dict[str, Any]:
     if path.read_bytes() != seal(content):
         raise Damaged(f"`{path}` is damaged: it is not what was written")
     if content.get("format") != FORMAT:
-        raise UserError(
-            f"`{path}` has the store format {content.get('format')}, this version reads {FORMAT}",
-            hint="run `unetrkit prepare` again: it redoes every case",
-        )
+        message = f"`{path}` has the store format {content.get('format')}, this version reads {FORMAT}"
+        raise UserError(message, hint="run `unetrkit prepare` again: it redoes every case")
     return content

@@ -1,7 +1,5 @@
 """A data set as a table of cases, CSV or TSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -18,9 +16,8 @@ def read_table(path: Path) -> list[Entry]:
     """The cases of a table with a header; several images are several columns, or parted by `;`."""
     content = read_start(path, LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
-        raise UserError(
-            f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: not a table of cases", hint=HINT
-        )
+        message = f"`{path}` is larger than {LARGEST_JSON // 2**20} MB: not a table of cases"
+        raise UserError(message, hint=HINT)
     try:
         text = content.decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text), delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
@@ -37,10 +34,8 @@ def read_table(path: Path) -> list[Entry]:
         if not any(cell.strip() for cell in row):
             continue
         if len(row) != len(header):
-            raise UserError(
-                f"{where} has {len(row)} cells, but the header has {len(header)}",
-                hint="put quotes around a cell that holds a comma",
-            )
+            message = f"{where} has {len(row)} cells, but the header has {len(header)}"
+            raise UserError(message, hint="put quotes around a cell that holds a comma")
         # an empty cell says nothing
         cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if cell.strip()}
         paths = [cells.get(name, "") for name in images]

@@ -5,8 +5,6 @@ SimpleITK return wrong voxels), voxels that are not finite, an affine that is no
 file can hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,20 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from unetrkit.data.dicom import open_series
 from unetrkit.data.files import atomic_write
 from unetrkit.data.geometry import same_grid
+from unetrkit.data.itk import open_itk
 from unetrkit.data.source import FORMATS, Header, Source, file_size, refused
-
-__all__ = [
-    "Header",
-    "Volume",
-    "files_of",
-    "read_header",
-    "read_image",
-    "read_label",
-    "write_image",
-    "write_label",
-]
 
 NO_LABEL = "is it the image and not the label?"
 
@@ -150,24 +139,17 @@ def write_image(path: Path, volume: Volume) -> None:
 
 def open_source(path: Path) -> Source:
     """Chooses the format by name and checks the header; the voxels are read by `Source.stored`."""
-    # the formats' libraries take a second to import
-    if path.is_dir():
-        from unetrkit.data.dicom import open_series
+    from unetrkit.data import nifti  # nibabel takes a second to import
 
+    if path.is_dir():
         return open_series(path)
     file_size(path)
     name = path.name.lower()
-    if name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
-        from unetrkit.data.nifti import open_nifti
-
-        return open_nifti(path)
+    if name.endswith(nifti.NIFTI):
+        return nifti.open_nifti(path)
     if name.endswith((".mgz", ".mgh")):
-        from unetrkit.data.nifti import open_mgh
-
-        return open_mgh(path)
+        return nifti.open_mgh(path)
     if name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
-        from unetrkit.data.itk import open_itk
-
         return open_itk(path)
     if name.endswith((".dcm", ".ima")):
         hint = "give the folder that holds the slices of one series"

@@ -1,7 +1,5 @@
 """Confidence intervals of means by resampling subjects (Efron's percentile bootstrap)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,17 +1,14 @@
 """Predicted label maps against a data set's labels: metrics.csv, metrics.json and report.html."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,15 +16,17 @@ import numpy as np
 
 from unetrkit.data.datalist import Dataset
 from unetrkit.data.files import atomic_write, sha256_file, sync_folder, write_problems
-from unetrkit.data.geometry import reorient, same_grid, spacing_of
+from unetrkit.data.geometry import off_grid, reorient, spacing_of
+from unetrkit.data.inspection import count_labels
 from unetrkit.data.plan import LabelClass
-from unetrkit.data.processes import for_each
+from unetrkit.data.processes import map_cases
 from unetrkit.data.volume import read_label
 from unetrkit.errors import UserError
 from unetrkit.evaluation.metrics import DEFAULT_TOLERANCE_MM, OrganMetrics, case_metrics
 from unetrkit.evaluation.pairs import Pair, listed, pair_cases
 from unetrkit.evaluation.provenance import Provenance, RunRecord, prediction_notes, read_run
 from unetrkit.evaluation.summary import CaseMetrics, Summary, summarise
+from unetrkit.progress import Progress
 
 OUTPUTS = ("metrics.csv", "metrics.json", "report.html")
 
@@ -49,7 +48,7 @@ def evaluate(
     tolerance_mm: float | Mapping[int, float] = DEFAULT_TOLERANCE_MM,
     workers: int | None = 1,
     run: Path | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> Summary:
     """Measure `predictions`/<case name>.nii.gz against the labels of `dataset`, on each case's own grid.
 
@@ -68,16 +67,13 @@ def evaluate(
     _check_out(out)
     pairs, notes = pair_cases(predictions, dataset)
     record = read_run(run) if run is not None else RunRecord()
-    notes += prediction_notes(predictions, [pair.case.name for pair in pairs], record)
+    notes += prediction_notes(predictions, [pair.name for pair in pairs], record)
     classes = _classes(pairs, dataset, record)
-    found: dict[int, Measured] = {}
     measure = partial(_measure, classes=classes, tolerance_mm=tolerance_mm)
-    for position, result in for_each(measure, pairs, workers, attrgetter("case.name")):
-        found[position] = result
-        if progress is not None:
-            progress(len(found), len(pairs), result.metrics.name)
-    measured = [found[position] for position in range(len(pairs))]
-    notes += _undeclared_notes(measured)
+    measured = map_cases(measure, pairs, workers, progress)
+    ids = sorted({i for m in measured for i in m.undeclared})
+    some = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
+    notes += [f"Label ids that no class declares, counted as background: {some}."] if ids else []
     summary = replace(summarise([m.metrics for m in measured]), notes=tuple(notes))
     hashes = record.hashes | _data_hashes(measured)
     provenance = Provenance(dataset.name, tolerance_mm, notes, hashes)
@@ -103,22 +99,17 @@ def _measure(
     truth = read_label(pair.label)
     # a label may be stored in another axis order than its image, and the prediction is on the image's grid
     prediction = reorient(read_label(pair.prediction), truth.affine)
-    shape = truth.array.shape[1:]
-    if difference := same_grid(truth.affine, shape, prediction.affine, prediction.array.shape[1:]):
-        raise UserError(
-            f"`{pair.prediction}` is not on the grid of `{pair.label}`: {difference}",
-            hint="metrics are taken on the case's own grid; `unetrkit predict` writes its label maps there",
-        )
+    if difference := off_grid(truth, prediction):
+        hint = "metrics are taken on the case's own grid; `unetrkit predict` writes its label maps there"
+        raise UserError(f"`{pair.prediction}` is not on the grid of `{pair.label}`: {difference}", hint=hint)
     spacing = spacing_of(truth.affine)
     organs = case_metrics(truth.array[0], prediction.array[0], spacing, classes, tolerance_mm)
     undeclared = (_ids(truth.array) | _ids(prediction.array)) - {c.id for c in classes}
     files = {"label": pair.label, "prediction": pair.prediction}
     files |= {f"image {k}": path for k, path in enumerate(pair.case.images)}
-    return Measured(
-        CaseMetrics(pair.case.name, pair.case.subject, tuple(organs)),
-        tuple(sorted(undeclared)),
-        {name: sha256_file(path) for name, path in files.items() if path.is_file()},
-    )
+    hashes = {name: sha256_file(path) for name, path in files.items() if path.is_file()}
+    metrics = CaseMetrics(pair.name, pair.case.subject, tuple(organs))
+    return Measured(metrics, tuple(sorted(undeclared)), hashes)
 
 
 def _classes(pairs: Sequence[Pair], dataset: Dataset, record: RunRecord) -> list[LabelClass]:
@@ -132,12 +123,8 @@ def _classes(pairs: Sequence[Pair], dataset: Dataset, record: RunRecord) -> list
 
 
 def _ids(labels: np.ndarray) -> set[int]:
-    """The ids in an array, without the background; np.unique, which sorts, only for large ids."""
-    if labels.max(initial=0) > 2**20:
-        return set(np.unique(labels).tolist()) - {0}
-    seen = np.zeros(int(labels.max(initial=0)) + 1, bool)
-    seen[labels] = True
-    return set(np.flatnonzero(seen).tolist()) - {0}
+    """The ids in an array, without the background."""
+    return set(count_labels(labels)) - {0}
 
 
 def _check_out(out: Path) -> None:
@@ -146,15 +133,8 @@ def _check_out(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     foreign = [name for name in names if name not in OUTPUTS and not name.startswith(".")]
     if foreign:
-        raise UserError(
-            f"`{out}` holds {listed(foreign)}, which no evaluation wrote", hint="name an empty or new folder"
-        )
-
-
-def _undeclared_notes(measured: Sequence[Measured]) -> list[str]:
-    ids = sorted({i for m in measured for i in m.undeclared})
-    some = ", ".join(map(str, ids[:20])) + (", …" if len(ids) > 20 else "")
-    return [f"Label ids that no class declares, counted as background: {some}."] if ids else []
+        message = f"`{out}` holds {listed(foreign)}, which no evaluation wrote"
+        raise UserError(message, hint="name an empty or new folder")
 
 
 def _data_hashes(measured: Sequence[Measured]) -> dict[str, str]:
@@ -189,16 +169,10 @@ def _inert(cell: object) -> object:
 def _json(
     summary: Summary, provenance: Provenance, pairs: Sequence[Pair], measured: Sequence[Measured]
 ) -> str:
-    cases = [
-        {
-            **asdict(m.metrics),
-            "dice": m.metrics.dice,
-            "label": str(pair.label),
-            "prediction": str(pair.prediction),
-            "sha256": m.sha256,
-        }
-        for pair, m in zip(pairs, measured, strict=True)
-    ]
+    cases = []
+    for pair, m in zip(pairs, measured, strict=True):
+        files = {"label": str(pair.label), "prediction": str(pair.prediction), "sha256": m.sha256}
+        cases.append({**asdict(m.metrics), "dice": m.metrics.dice, **files})
     document = {
         "format": "unetrkit evaluation",
         "version": 1,

@@ -23,24 +23,17 @@ INK, FAINT, ACCENT = "#1f2933", "#cbd2d9", "#2f6fb5"
 MARGIN_MM = 60.0
 # axis cut, axis across, axis up, letters at the left, right, bottom, top: the patient's right is on the left,
 # as radiologists look at it
-PLANES = {
-    "axial": (2, 0, 1, "RLPA"),
-    "coronal": (1, 0, 2, "RLIS"),
-    "sagittal": (0, 1, 2, "APIS"),
-}
+PLANES = {"axial": (2, 0, 1, "RLPA"), "coronal": (1, 0, 2, "RLIS"), "sagittal": (0, 1, 2, "APIS")}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "unetrkit",
     "text.parse_math": False,  # a `$` in a name is a dollar
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": INK,
     "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 
 

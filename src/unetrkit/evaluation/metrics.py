@@ -1,20 +1,8 @@
 """What a prediction is worth, organ by organ, on the case's own grid.
 
-What happens where an organ is absent (`status`):
-
-==============  =====  ==========  ==================  ============  =================================
-status          truth  prediction  Dice, IoU, NSD      HD95, ASSD    counted
-==============  =====  ==========  ==================  ============  =================================
-scored          yes    yes         measured            measured      in every mean
-missed          yes    no          0                   undefined     in the overlap means, and as missed
-false positive  no     yes         0                   undefined     in the overlap means, and as such
-absent          no     no          undefined           undefined     nowhere
-==============  =====  ==========  ==================  ============  =================================
-
-Undefined is None, never 0 or infinity. Surfaces: see `unetrkit.evaluation.surface`.
+Where an organ is absent (`status`) overlaps are 0 if one of the masks has it, undefined if none has, and
+distances undefined: None, never 0 or infinity. docs/metrics.md says how each is counted.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What an evaluation was computed from and how: enough to do it again and to notice what changed."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import read_json, read_problems, sha256_file
 from unetrkit.data.plan import Plan, parse_plan, plan_hash
 from unetrkit.errors import UserError
@@ -57,12 +56,11 @@ class Provenance:
 
 def read_run(path: Path) -> RunRecord:
     """What is there of a run folder (model/, config.yaml, metrics.jsonl) or of a model folder."""
+    path = copy_of(path, "reports")
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "model.json").is_file() and not (path / "metrics.jsonl").is_file():
-        raise UserError(
-            f"`{path}` is neither a run nor a model: it has no `model.json` and no `metrics.jsonl`",
-            hint="name the folder that `unetrkit train` wrote",
-        )
+        message = f"`{path}` is neither a run nor a model: it has no `model.json` and no `metrics.jsonl`"
+        raise UserError(message, hint="name the folder that `unetrkit train` wrote")
     named = {
         "weights": folder / "weights.safetensors",
         "model description": folder / "model.json",
@@ -72,10 +70,8 @@ def read_run(path: Path) -> RunRecord:
     plan = None
     if (folder / "model.json").is_file():
         description = read_json(folder / "model.json")
-        plan = parse_plan(
-            description.get("plan") if isinstance(description, dict) else None,
-            f"the plan in `{folder / 'model.json'}`",
-        )
+        values = description.get("plan") if isinstance(description, dict) else None
+        plan = parse_plan(values, f"the plan in `{folder / 'model.json'}`")
         hashes["plan"] = plan_hash(plan)
     home = path if (path / "run.json").is_file() else folder.parent  # `RUN/model` is of RUN
     run = read_json(home / "run.json") if (home / "run.json").is_file() else {}
@@ -110,10 +106,8 @@ def prediction_notes(predictions: Path, cases: Sequence[str], run: RunRecord) ->
     if made and len(made) < len(cases):
         notes.append(f"{len(cases) - len(made)} of {len(cases)} scored cases are not in {RECORD}.")
     if seen := [name for name in cases if name in run.training]:
-        notes.append(
-            f"{len(seen)} of {len(cases)} scored cases were trained on: "
-            "these figures say nothing about new scans."
-        )
+        some = f"{len(seen)} of {len(cases)} scored cases"
+        notes.append(f"{some} were trained on: these figures say nothing about new scans.")
     return notes
 
 

@@ -1,9 +1,8 @@
 """report.html: one file that opens without a network, and says what was measured, on what, and how."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unetrkit.data.files import atomic_write
 from unetrkit.evaluation import figures
@@ -21,17 +20,10 @@ def write_report(
     path: Path, summary: Summary, provenance: Provenance, views: Sequence[View], record: RunRecord
 ) -> None:
     """Writes the report; all text is escaped, all pictures are inside."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"share": share, "measure": measure, "range": interval}
-    cases = sorted(
-        (case for case in summary.cases if case.dice is not None), key=lambda case: case.dice or 0.0
-    )
-    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        style=STYLE.read_text(encoding="utf-8"),
+    cases = summary.worst_first()
+    write_html(
+        path,
+        TEMPLATE,
         summary=summary,
         provenance=provenance,
         views=views,
@@ -43,7 +35,16 @@ def write_report(
         curves_picture=figures.curves_figure(record.curves),
         colours={"truth": figures.TRUTH, "prediction": figures.PREDICTION},
     )
-    atomic_write(path, html.encode())
+
+
+def write_html(path: Path, template: Path, **values: Any) -> None:
+    """Writes a page that holds all it needs; what is put into the template is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"share": share, "measure": measure, "range": interval}
+    page = jinja.from_string(template.read_text(encoding="utf-8"))
+    atomic_write(path, page.render(style=STYLE.read_text(encoding="utf-8"), **values).encode())
 
 
 def share(value: float | None) -> str:

@@ -4,8 +4,7 @@ The mean of an organ is taken over the cases where the metric is defined; the me
 these means, so that a rare organ weighs as much as a common one. The interval of each resamples subjects.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +62,10 @@ class Summary:
     subjects: int
     notes: tuple[str, ...] = ()  # what a reader of the figures must know
 
+    def worst_first(self) -> list[CaseMetrics]:
+        """The cases that have a Dice, from the lowest mean Dice on."""
+        return sorted((c for c in self.cases if c.dice is not None), key=lambda case: case.dice or 0.0)
+
     def table(self) -> str:
         """The figures for a terminal: a line per organ, the mean, and the notes."""
         width = max(len(name) for name in ["mean", *(organ.name for organ in self.organs)])
@@ -82,45 +85,32 @@ def summarise(
 ) -> Summary:
     """Summarise one or more cases that were measured with the same classes."""
     subjects = [case.subject for case in cases]
-    table = np.array(
-        [[[getattr(o, m) for m in METRICS] for o in case.organs] for case in cases], dtype=float
-    ).reshape(len(cases), -1, len(METRICS))  # cases organs metrics, NaN for None
+    values = [[[getattr(o, m) for m in METRICS] for o in case.organs] for case in cases]
+    table = np.array(values, float).reshape(len(cases), -1, len(METRICS))  # NaN for None
     means = bootstrap.nan_mean(table, axis=0)
     resampled = bootstrap.bootstrap_means(table, subjects, resamples=resamples, seed=seed)
     low, high = bootstrap.interval(resampled)
-    alone = _distinct_subjects(table, subjects) < FEWEST
+    defined = ~np.isnan(table)
+    counts = defined.sum(axis=0)
+    names, rows = np.unique(np.asarray(subjects), return_inverse=True)
+    alone = sum(defined[rows == k].any(axis=0).astype(int) for k in range(len(names))) < FEWEST
     low[alone] = high[alone] = np.nan
-    counts = (~np.isnan(table)).sum(axis=0)
 
     organs = []
     for k, organ in enumerate(cases[0].organs):
         found = [case.organs[k] for case in cases]
         false_positives = [o.prediction_ml for o in found if o.status == "false positive"]
-        organs.append(
-            OrganSummary(
-                organ.id,
-                organ.name,
-                _estimates(means[k], low[k], high[k], counts[k]),
-                present=sum(o.status in ("scored", "missed") for o in found),
-                missed=sum(o.status == "missed" for o in found),
-                false_positives=len(false_positives),
-                false_positive_ml=sum(false_positives),
-            )
-        )
+        estimates = _estimates(means[k], low[k], high[k], counts[k])
+        status = Counter(o.status for o in found)
+        present, missed = status["scored"] + status["missed"], status["missed"]
+        wrong = len(false_positives), sum(false_positives)
+        organs.append(OrganSummary(organ.id, organ.name, estimates, present, missed, *wrong))
     overall_low, overall_high = bootstrap.interval(bootstrap.nan_mean(resampled, axis=1))
     if len(set(subjects)) < FEWEST:
         overall_low[:] = overall_high[:] = np.nan
     measured = (counts > 0).sum(axis=0)
     overall = _estimates(bootstrap.nan_mean(means, axis=0), overall_low, overall_high, measured)
     return Summary(tuple(organs), overall, tuple(cases), len(set(subjects)))
-
-
-def _distinct_subjects(table: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
-    """How many subjects have a defined value, per organ and metric."""
-    names, rows = np.unique(np.asarray(subjects), return_inverse=True)
-    some = np.zeros((len(names), *table.shape[1:]), bool)
-    np.logical_or.at(some, rows, ~np.isnan(table))
-    return some.sum(axis=0)
 
 
 def _estimates(*columns: np.ndarray) -> dict[str, Estimate]:

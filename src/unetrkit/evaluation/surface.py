@@ -1,22 +1,8 @@
 """Distances between the surfaces of two masks, in millimetres: HD95, ASSD and surface Dice (NSD).
 
-Definition. The surface of a mask is the set of its *boundary voxels*: voxels of the mask with at least one of
-their 6 face neighbours outside it; what lies beyond the volume counts as outside. The distance of a boundary
-voxel to the other mask is the Euclidean distance, in mm, from its centre to the nearest centre of a boundary
-voxel of the other mask. Every boundary voxel has the same weight.
-
-* HD95: the larger of the two directed 95th percentiles (linear interpolation), not that of the union.
-* ASSD: the mean over the boundary voxels of both masks together.
-* NSD (Nikolov et al., https://arxiv.org/abs/1809.04430): the share of the boundary voxels of both masks that
-  lie within the tolerance of the other surface.
-
-MONAI 1.6 gives the same numbers (`use_subvoxels=False`; the tests hold both together). DeepMind's
-surface-distance does not: it places surface elements at voxel corners and weights them by their area. For
-two balls of 15 mm, centres (3, 3, 5) mm apart, on a (1, 1, 2.5) mm grid HD95 is 5.8 mm here and 5.6 mm there,
-ASSD 3.3 and 2.7 mm, NSD at 2 mm 0.27 and 0.38. Never compare surface figures across definitions.
+A mask's surface is its boundary voxels, each with the same weight; docs/metrics.md defines the figures and
+says with whose they may be compared. NSD: Nikolov et al., https://arxiv.org/abs/1809.04430
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 

@@ -1,12 +1,11 @@
 """Data lists with the published splits: who trains, who validates, the first N of the low-data studies."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from unetrkit.data.phantom import ORGANS as BTCV_ORGANS
 from unetrkit.errors import UserError
 from unetrkit.fetch.catalogue import Published
 from unetrkit.fetch.download import write_json
@@ -16,16 +15,9 @@ DATALIST = "dataset.json"
 FIRST = (3, 5, 6, 7, 12)  # scans of BTCV that the low-data studies train on
 Entries = list[dict[str, object]]
 
-BTCV_ORGANS = (
-    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-    "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
-    "left adrenal gland",
-)  # fmt: skip
-AMOS_ORGANS = (
-    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-    "aorta", "inferior vena cava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum",
-    "bladder", "prostate or uterus",
-)  # fmt: skip
+# those of BTCV but the portal and splenic veins, and three more
+AMOS_ORGANS = (*BTCV_ORGANS[:10], *BTCV_ORGANS[11:], "duodenum", "bladder", "prostate or uterus")
+UNLABELLED: dict[str, object] = {"modality": {"0": "CT"}}
 
 
 def place(data: Published, path: PurePosixPath) -> str | None:
@@ -52,18 +44,14 @@ def arrange(data: Published, out: Path, series: Sequence[Series] = ()) -> Path:
     """
     lists: dict[str, dict[str, object]] = {}
     if data.arrangement == "btcv":
-        training = [
-            _pair("imagesTr/img", "labelsTr/label", f"{k:04d}") for k in (*range(1, 11), *range(21, 35))
-        ]
-        validation = [_pair("imagesTr/img", "labelsTr/label", f"{k:04d}") for k in range(35, 41)]
+        numbers = (*range(1, 11), *range(21, 41))
+        pairs = [_pair("imagesTr/img", "labelsTr/label", f"{k:04d}") for k in numbers]
+        training, validation = pairs[:24], pairs[24:]
         test = [f"imagesTs/img{k:04d}.nii.gz" for k in range(61, 81)]
         for count in (len(training), *FIRST):
             name = DATALIST if count == len(training) else f"dataset_first{count}.json"
-            lists[name] = _named(BTCV_ORGANS, "CT") | {
-                "training": training[:count],
-                "validation": validation,
-                "test": test,
-            }
+            split = {"training": training[:count], "validation": validation, "test": test}
+            lists[name] = _named(BTCV_ORGANS, "CT") | split
     elif data.arrangement == "amos":
         for name, wanted in ((DATALIST, ("CT",)), ("dataset_mr.json", ("MR",))):
             split = {
@@ -73,13 +61,12 @@ def arrange(data: Published, out: Path, series: Sequence[Series] = ()) -> Path:
             test = [f"imagesTs/{file}.nii.gz" for file in _amos(out, "Ts", wanted)]
             lists[name] = _named(AMOS_ORGANS, wanted[0]) | split | {"test": test}
     elif data.arrangement == "luna16":
-        files = sorted((out / "images").glob("subset?/*.mhd"))
         # ten subsets for ten folds
         entries: Entries = [
             {"image": _relative(file, out), "subject": file.stem, "fold": int(file.parent.name[-1])}
-            for file in files
+            for file in sorted((out / "images").glob("subset?/*.mhd"))
         ]
-        lists[DATALIST] = _unlabelled() | {"training": entries}
+        lists[DATALIST] = UNLABELLED | {"training": entries}
     elif data.arrangement == "tcia-covid19":
         lists[DATALIST] = _covid(data, out)
     elif data.arrangement == "subjects":
@@ -95,18 +82,15 @@ def _covid(data: Published, out: Path) -> dict[str, object]:
     listed = (resources.files("unetrkit.fetch") / "tcia_covid19_validation.txt").read_text(encoding="utf-8")
     held_out = {f"volume-covid19-A-{name}.nii.gz" for name in listed.split()}
     files = sorted(out.rglob("volume-covid19-A-*.nii.gz"))
-    split: dict[str, Entries] = {"training": [], "validation": []}
+    split: dict[str, list] = {"training": [], "validation": []}
     for file in files:
-        subject = file.name[len("volume-covid19-A-") :][:4]
-        split["validation" if file.name in held_out else "training"].append(
-            {"image": _relative(file, out), "subject": subject}
-        )
+        entry = {"image": _relative(file, out), "subject": file.name[len("volume-covid19-A-") :][:4]}
+        split["validation" if file.name in held_out else "training"].append(entry)
     counts = len(split["training"]), len(split["validation"])
     if counts != (600, 171):
-        raise UserError(
-            f"`{out}` holds {counts[0]} + {counts[1]} scans of `{data.name}`, not 600 + 171", hint=data.first
-        )
-    return _unlabelled() | split
+        message = f"`{out}` holds {counts[0]} + {counts[1]} scans of `{data.name}`, not 600 + 171"
+        raise UserError(message, hint=data.first)
+    return UNLABELLED | split
 
 
 def _by_subject(series: Sequence[Series]) -> dict[str, object]:
@@ -117,14 +101,13 @@ def _by_subject(series: Sequence[Series]) -> dict[str, object]:
     for one in series:
         entry: dict[str, object] = {"image": f"images/{one.name}.nii.gz", "subject": one.subject}
         split["validation" if one.subject in held_out else "training"].append(entry)
-    return _unlabelled() | split
+    return UNLABELLED | split
 
 
 def _amos(out: Path, short: str, modalities: Sequence[str]) -> list[str]:
     """The names of AMOS: numbers up to 500 are CT, the others MR."""
-    names = sorted(
-        file.name.removesuffix(".nii.gz") for file in (out / f"images{short}").glob("amos_*.nii.gz")
-    )
+    files = (out / f"images{short}").glob("amos_*.nii.gz")
+    names = sorted(file.name.removesuffix(".nii.gz") for file in files)
     return [name for name in names if ("CT" if int(name[-4:]) <= 500 else "MR") in modalities]
 
 
@@ -134,10 +117,6 @@ def _pair(images: str, labels: str, name: str) -> dict[str, object]:
 
 def _named(organs: Sequence[str], modality: str) -> dict[str, object]:
     return {"modality": {"0": modality}, "labels": {str(k): name for k, name in enumerate(organs)}}
-
-
-def _unlabelled() -> dict[str, object]:
-    return {"modality": {"0": "CT"}}
 
 
 def _relative(file: Path, out: Path) -> str:

@@ -1,7 +1,5 @@
 """The public data sets of the UNETR family: where each is, under which licence, and who has to register."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +12,9 @@ MSD = "https://msd-for-monai.s3-us-west-2.amazonaws.com/"
 ZENODO = "https://zenodo.org/api/records/"
 NBIA = "https://nbia.cancerimagingarchive.net/nbia-api/services/v4/"
 SYNAPSE = "https://www.synapse.org/Synapse:syn3193805"
+COVID = "https://www.cancerimagingarchive.net/collection/ct-images-in-covid-19/"
+LUNA = "https://luna16.grand-challenge.org/Download/"
+AMOS = "https://zenodo.org/records/7262581"
 
 
 @dataclass(frozen=True)
@@ -66,55 +67,25 @@ def _collection(name: str, collection: str, size_gb: float, page: str, first: st
     return Published(name, ((collection, "CT"),), "nbia", "subjects", size_gb, licence, page, first)
 
 
+def _decathlon(organ: str, task: str, md5: str, size_gb: float) -> Published:
+    what = ((f"{MSD}{task}.tar", f"md5:{md5}"),)
+    page = "http://medicaldecathlon.com"
+    return Published(f"msd-{organ}", what, "https", "decathlon", size_gb, "CC BY-SA 4.0", page)
+
+
+_BTCV = (("syn3379050", ""),)
+_LUNA = (("3723295", "subset"), ("4121926", "subset"))
 DATASETS = {
     one.name: one
     for one in (
-        Published(
-            "btcv", (("syn3379050", ""),), "synapse", "btcv", 1.6, "terms of the challenge", SYNAPSE, TOKEN
-        ),
-        Published(
-            "tcia-covid19",
-            (),
-            "by hand",
-            "tcia-covid19",
-            12,
-            "CC BY 4.0",
-            "https://www.cancerimagingarchive.net/collection/ct-images-in-covid-19/",
-            ASPERA,
-        ),
-        Published(
-            "luna16",
-            (("3723295", "subset"), ("4121926", "subset")),
-            "zenodo",
-            "luna16",
-            67,
-            "CC BY 4.0",
-            "https://luna16.grand-challenge.org/Download/",
-        ),
+        Published("btcv", _BTCV, "synapse", "btcv", 1.6, "terms of the challenge", SYNAPSE, TOKEN),
+        Published("tcia-covid19", (), "by hand", "tcia-covid19", 12, "CC BY 4.0", COVID, ASPERA),
+        Published("luna16", _LUNA, "zenodo", "luna16", 67, "CC BY 4.0", LUNA),
         _collection("lidc", "LIDC-IDRI", 128, "lidc-idri"),
         _collection("hnscc", "HNSCC", 1300 * 0.15, "hnscc", FACES),
         _collection("colonography", "CT COLONOGRAPHY", 497, "ct-colonography"),
-        Published(
-            "amos",
-            (("7262581", "amos22.zip"),),
-            "zenodo",
-            "amos",
-            24,
-            "CC BY 4.0",
-            "https://zenodo.org/records/7262581",
-        ),
-        *(
-            Published(
-                f"msd-{organ}",
-                ((f"{MSD}{task}.tar", f"md5:{md5}"),),
-                "https",
-                "decathlon",
-                size_gb,
-                "CC BY-SA 4.0",
-                "http://medicaldecathlon.com",
-            )
-            for organ, task, md5, size_gb in _TASKS
-        ),
+        Published("amos", (("7262581", "amos22.zip"),), "zenodo", "amos", 24, "CC BY 4.0", AMOS),
+        *(_decathlon(*task) for task in _TASKS),
     )
 }
 
@@ -132,9 +103,8 @@ def published(name: str) -> Published:
 
 def catalogue() -> str:
     """A line for each data set: name, size, licence, and whether a user has to do something first."""
-    rows = (
-        f"{one.name:19} {one.size_gb:6.2f} GB  {one.licence:22} {'registration  ' if one.first else ' ' * 14}"
-        f"{one.page}"
-        for one in DATASETS.values()
-    )
+    rows = []
+    for one in DATASETS.values():
+        first = "registration" if one.first else ""
+        rows.append(f"{one.name:19} {one.size_gb:6.2f} GB  {one.licence:22} {first:12}  {one.page}")
     return "\n".join(rows)

@@ -1,7 +1,5 @@
 """One file over HTTPS: gone on with after a cut or a kill, and believed only when its hash is right."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import json
@@ -59,9 +57,8 @@ def download(remote: Remote, folder: Path, progress: Progress) -> Path:
     if path.exists():
         if hash_of(path, remote.digest) == remote.digest:
             return path
-        raise UserError(
-            f"`{path}` is not the file that was published", hint="remove it, and run the command again"
-        )
+        message = f"`{path}` is not the file that was published"
+        raise UserError(message, hint="remove it, and run the command again")
     with write_problems(folder):
         folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -76,9 +73,8 @@ def download(remote: Remote, folder: Path, progress: Progress) -> Path:
         part.unlink()  # a part of an older version, or of another file, cannot be gone on with
         if not resumed:
             break
-    raise UserError(
-        f"`{remote.name}` arrived with the hash {found}, but was published with {remote.digest}", hint=OTHER
-    )
+    message = f"`{remote.name}` arrived with the hash {found}, but was published with {remote.digest}"
+    raise UserError(message, hint=OTHER)
 
 
 def _load(remote: Remote, part: Path, progress: Progress) -> None:
@@ -94,10 +90,9 @@ def _load(remote: Remote, part: Path, progress: Progress) -> None:
             failed = 0 if gained else failed + 1
             refuse_answer(problem, remote.name)
             if failed >= ATTEMPTS:
-                raise UserError(
-                    f"`{remote.name}` cannot be downloaded: {reason(problem)}",
-                    hint="what has arrived is kept: run the command again when the connection is back",
-                ) from problem
+                message = f"`{remote.name}` cannot be downloaded: {reason(problem)}"
+                hint = "what has arrived is kept: run the command again when the connection is back"
+                raise UserError(message, hint=hint) from problem
             time.sleep(FIRST_WAIT * 2 ** max(0, failed - 1))
 
 
@@ -122,9 +117,8 @@ def _append(remote: Remote, part: Path, progress: Progress) -> None:
             raise ConnectionError("the server sends another part than it was asked for")
         total = remote.size if answer.length is None else start + answer.length
         if total is not None and remote.size is not None and total != remote.size:
-            raise UserError(
-                f"`{remote.name}` has {total} bytes, but was published with {remote.size}", hint=OTHER
-            )
+            message = f"`{remote.name}` has {total} bytes, but was published with {remote.size}"
+            raise UserError(message, hint=OTHER)
         check_space(part.parent, (total or 0) - start)
         with write_problems(part):
             file = open(part, "r+b" if start else "wb", buffering=0)
@@ -244,15 +238,12 @@ def write_json(path: Path, value: object) -> None:
 def _require_https(url: str, *, loopback: bool = True) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" and not (loopback and parts.scheme == "http" and parts.hostname in LOOPBACK):
-        raise UserError(
-            f"`{parts.scheme}://{parts.hostname}` is not HTTPS", hint="data are downloaded over HTTPS only"
-        )
+        message = f"`{parts.scheme}://{parts.hostname}` is not HTTPS"
+        raise UserError(message, hint="data are downloaded over HTTPS only")
 
 
 def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"`{folder}` has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are still to come",
-            hint="free some space, or choose another folder; what has arrived is kept",
-        )
+        message = f"`{folder}` has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are still to come"
+        raise UserError(message, hint="free some space, or choose another folder; what has arrived is kept")

@@ -1,7 +1,5 @@
 """A public data set in a folder, with its data list: what is there already is not fetched again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from unetrkit.data.files import alone, read_json, write_problems

@@ -4,8 +4,6 @@ NBIA's public calls need no client: `tcia-utils` brings pandas, IPython and Duck
 series whose folder exists even if half of it is missing, and verifies nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil
@@ -56,11 +54,8 @@ def series_of(data: Published, host: str, downloads: Path) -> list[Series]:
         query = urlencode({"Collection": collection, "Modality": modality})
         rows = get_json(f"{host}getSeries?{query}", f"the series of {collection}")
         try:
-            listed = [
-                (str(row["PatientID"]), str(row["SeriesInstanceUID"]))
-                for row in rows
-                if int(row.get("ImageCount") or 0) >= FEW
-            ]
+            large = [row for row in rows if int(row.get("ImageCount") or 0) >= FEW]
+            listed = [(str(row["PatientID"]), str(row["SeriesInstanceUID"])) for row in large]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             hint = f"look at {data.page}"
             raise UserError(f"the answer about {collection} is no list of series", hint=hint) from error

@@ -1,7 +1,5 @@
 """Which files a data set consists of, asked of those who keep them: Synapse, Zenodo, a plain address."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable
@@ -30,10 +28,8 @@ class Hosts:
 def remotes(data: Published, hosts: Hosts) -> list[Remote]:
     """The archives of a data set. Raises UserError where a registration, a client or an answer is missing."""
     if data.source == "https":
-        return [
-            Remote(urlsplit(url).path.rpartition("/")[2], partial(str, url), digest)
-            for url, digest in data.what
-        ]
+        named = ((urlsplit(url).path.rpartition("/")[2], url, digest) for url, digest in data.what)
+        return [Remote(name, partial(str, url), digest) for name, url, digest in named]
     if data.source == "zenodo":
         return [remote for record, start in data.what for remote in _zenodo(hosts.zenodo, record, start)]
     client = _synapse_client(data, hosts.synapse)
@@ -49,10 +45,8 @@ def _zenodo(host: str, record: str, start: str) -> list[Remote]:
             if one["key"].startswith(start)
         ]
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"the answer about the Zenodo record {record} has no files with checksums",
-            hint=f"look at https://zenodo.org/records/{record}",
-        ) from error
+        message = f"the answer about the Zenodo record {record} has no files with checksums"
+        raise UserError(message, hint=f"look at https://zenodo.org/records/{record}") from error
     if not found:
         hint = f"look at https://zenodo.org/records/{record}"
         raise UserError(f"the Zenodo record {record} has no file `{start}…`", hint=hint)
@@ -72,9 +66,8 @@ def _synapse_client(data: Published, endpoint: str | None) -> Any:
     client = synapseclient.Synapse(skip_checks=True, silent=True, cache_client=False)
     client.logger = quiet  # it says whose account it is
     if endpoint is not None:
-        client.setEndpoints(
-            f"{endpoint}repo/v1", f"{endpoint}auth/v1", f"{endpoint}file/v1", endpoint, skip_checks=True
-        )
+        services = (f"{endpoint}{service}/v1" for service in ("repo", "auth", "file"))
+        client.setEndpoints(*services, endpoint, skip_checks=True)
     try:
         _asked(data, lambda: client.login(silent=True))
     except SynapseAuthenticationError as error:
@@ -89,26 +82,19 @@ def _synapse(data: Published, client: Any, entity: str) -> Remote:
     file = {"fileHandleId": handle, "associateObjectId": entity, "associateObjectType": "FileEntity"}
 
     def ask() -> dict[str, Any]:
-        body = {"includeFileHandles": True, "includePreSignedURLs": True, "requestedFiles": [file]}
-        answer = _asked(
-            data,
-            lambda: client.restPOST(
-                "/fileHandle/batch", body=json.dumps(body), endpoint=client.fileHandleEndpoint
-            ),
-        )["requestedFiles"][0]
+        body = json.dumps(
+            {"includeFileHandles": True, "includePreSignedURLs": True, "requestedFiles": [file]}
+        )
+        post = partial(client.restPOST, "/fileHandle/batch", body=body, endpoint=client.fileHandleEndpoint)
+        answer = _asked(data, post)["requestedFiles"][0]
         if answer.get("failureCode"):
-            raise UserError(
-                f"Synapse does not give `{data.name}` to this user: {answer['failureCode']}", hint=data.first
-            )
+            message = f"Synapse does not give `{data.name}` to this user: {answer['failureCode']}"
+            raise UserError(message, hint=data.first)
         return answer
 
     about = ask()["fileHandle"]
-    return Remote(
-        about["fileName"],
-        lambda: ask()["preSignedURL"],
-        f"md5:{about['contentMd5']}",
-        about["contentSize"],
-    )
+    digest = f"md5:{about['contentMd5']}"
+    return Remote(about["fileName"], lambda: ask()["preSignedURL"], digest, about["contentSize"])
 
 
 def _asked(data: Published, question: Callable[[], Any]) -> Any:

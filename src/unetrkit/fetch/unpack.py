@@ -1,7 +1,5 @@
 """Archives from elsewhere: plain files under one folder come out of them, and nothing else."""
 
-from __future__ import annotations
-
 import lzma
 import os
 import stat
@@ -15,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from typing import Any, Self
 
 from unetrkit.data.files import sync_folder, write_problems
 from unetrkit.errors import UserError
@@ -38,7 +36,7 @@ DAMAGE = (
 class Member:
     path: PurePosixPath
     size: int
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], Any]
 
 
 def unpack(archive: Path, target: Path, place: Callable[[PurePosixPath], str | None]) -> list[str]:
@@ -132,13 +130,7 @@ def _tar_members(archive: Path, file: tarfile.TarFile, limit: int) -> Iterator[M
             continue
         if not entry.isreg():
             raise _refused(archive, f"holds a link or a device, {entry.name!r}")
-        yield Member(PurePosixPath(entry.name), entry.size, partial(_extracted, file, entry))
-
-
-def _extracted(file: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
-    content = file.extractfile(entry)
-    assert content is not None  # a regular file
-    return content
+        yield Member(PurePosixPath(entry.name), entry.size, partial(file.extractfile, entry))
 
 
 def _inside(archive: Path, name: str) -> None:

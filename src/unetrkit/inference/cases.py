@@ -1,7 +1,5 @@
 """What is to be segmented, and what would go wrong: looked at before any work is done."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -10,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrkit.data.datalist import Case, read_dataset, split_cases
+from unetrkit.data.datalist import Case, read_dataset
+from unetrkit.data.folds import split_cases
 from unetrkit.data.layouts import ENDINGS, IMAGE_FOLDERS, stem
 from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan
@@ -19,9 +18,8 @@ from unetrkit.inference.model import Model
 from unetrkit.progress import say
 
 LISTS = (".json", ".csv", ".tsv")
-LABEL_LIKE = re.compile(
-    r"[_.-](seg|segmentations?|labels?|labelmap|masks?|msk|gt|truth|pred|predictions?)$", re.IGNORECASE
-)
+LABEL_WORDS = "seg|segmentations?|labels?|labelmap|masks?|msk|gt|truth|pred|predictions?"
+LABEL_LIKE = re.compile(rf"[_.-]({LABEL_WORDS})$", re.IGNORECASE)
 # what models must agree on to be averaged; the rest of a plan is for training and for people
 SAME = ("channels", "classes", "spacing", "intensity", "crop_foreground", "resample")
 
@@ -56,19 +54,15 @@ def choose_cases(inputs: Path, choice: Choice, models: Sequence[Model]) -> list[
     elif split in ("training", "validation"):
         folds = {model.description["origin"].get("fold") for model in models}
         if len(folds) > 1:
-            raise UserError(
-                "the models were trained on different folds, so what validates one has trained another",
-                hint="predict the test cases, or use one model at a time",
-            )
+            message = "the models were trained on different folds, so what validates one has trained another"
+            raise UserError(message, hint="predict the test cases, or use one model at a time")
         training, validation = split_cases(cases, folds.pop())
         chosen = training if split == "training" else validation
     elif split != "all":
         raise UserError(f"`{split}` is not a split", hint="training, validation, test or all")
     if not chosen:
-        raise UserError(
-            f"`{inputs}` has no {split} cases among its {len(cases)}",
-            hint="choose another `--split`: training, validation, test or all",
-        )
+        message = f"`{inputs}` has no {split} cases among its {len(cases)}"
+        raise UserError(message, hint="choose another `--split`: training, validation, test or all")
     return list(choice.part.of(chosen)) if choice.part else chosen
 
 
@@ -85,10 +79,8 @@ def _series_in(folder: Path) -> list[Path]:
     series = [path for path in files if _is_series(path)]
     others = set(files) - set(series)
     if series and any(p.name.lower().endswith(ENDINGS) or p.name in IMAGE_FOLDERS for p in others):
-        raise UserError(
-            f"`{folder}` holds scans and the DICOM series `{series[0]}`",
-            hint=f"predict the series by itself: `unetrkit predict {series[0]} …`, or move it away",
-        )
+        hint = f"predict the series by itself: `unetrkit predict {series[0]} …`, or move it away"
+        raise UserError(f"`{folder}` holds scans and the DICOM series `{series[0]}`", hint=hint)
     return series
 
 
@@ -114,13 +106,11 @@ def doubts_about(image: np.ndarray, plan: Plan) -> list[str]:
     for name, channel, how in zip(plan.channels, image, plan.intensity, strict=True):
         low, high = np.percentile(channel[::4, ::4, ::4], [1, 99])
         shared = min(high, how.upper) - max(low, how.lower)
-        if how.kind == "window" and (
-            shared < 0.2 * min(high - low, how.upper - how.lower) or how.lower < 0 <= channel.min()
-        ):
-            doubts.append(
-                f"its intensities are {low:g} to {high:g}, the model's window of {name} is {how.lower:g} to "
-                f"{how.upper:g}: is it the same modality?"
-            )
+        little = shared < 0.2 * min(high - low, how.upper - how.lower)
+        if how.kind == "window" and (little or how.lower < 0 <= channel.min()):
+            window = f"the model's window of {name} is {how.lower:g} to {how.upper:g}"
+            found = f"its intensities are {low:g} to {high:g}"
+            doubts.append(f"{found}, {window}: is it the same modality?")
     return doubts
 
 
@@ -159,20 +149,16 @@ def require_free(out: Path, cases: Sequence[Case], overwrite: bool, recorded: Co
     """
     files = [file for case in cases for file in (*case.images, case.label) if file]
     if out.resolve() in {folder for file in files for folder in (file.resolve(), file.resolve().parent)}:
-        raise UserError(
-            f"`{out}` holds the scans themselves", hint="choose another folder for the label maps"
-        )
+        message = f"`{out}` holds the scans themselves"
+        raise UserError(message, hint="choose another folder for the label maps")
     there = {case.name: path for case in cases if (path := out / f"{case.name}.nii.gz").exists()}
     foreign = [path for name, path in there.items() if name not in recorded]
     found = foreign or list(there.values())
     if foreign or (found and not overwrite):
         others = f" and {len(found) - 1} others" if len(found) > 1 else ""
         if foreign:
-            raise UserError(
-                f"`{found[0]}`{others} would be replaced, but no prediction recorded there wrote it",
-                hint="choose another folder; --overwrite replaces what `predictions.json` lists",
-            )
-        raise UserError(
-            f"`{found[0]}`{others} exist{'' if others else 's'} already",
-            hint="another folder, or --overwrite to replace them",
-        )
+            message = f"`{found[0]}`{others} would be replaced, but no prediction recorded there wrote it"
+            hint = "choose another folder; --overwrite replaces what `predictions.json` lists"
+            raise UserError(message, hint=hint)
+        message = f"`{found[0]}`{others} exist{'' if others else 's'} already"
+        raise UserError(message, hint="another folder, or --overwrite to replace them")

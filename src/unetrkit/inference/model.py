@@ -3,8 +3,6 @@
 Together they are enough to predict; nothing in them is ever executed or unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import secrets
@@ -20,6 +18,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import atomic_write, put_in_place, read_json, sha256_file, write_problems
 from unetrkit.data.plan import Plan, Settings
 from unetrkit.errors import UserError
@@ -47,26 +46,27 @@ class Model:
 
 
 class Sealed(Settings):
-    """What every `model.json` has."""
+    """What every `model.json` has. network, options: what `networks.build` makes the network from."""
 
     sha256: str  # of weights.safetensors
     seal: str = ""  # the SHA-256 of `model.json` with this left empty
-
-
-class Description(Sealed):
-    """What `model.json` holds."""
-
-    format: Literal["unetrkit-model"] = "unetrkit-model"
+    format: str
     version: Literal[1] = 1
     network: str
     in_channels: int = Field(ge=1)
-    classes: int = Field(ge=2)
     image_size: tuple[int, int, int]
-    # of what is cut and then interpolated to `image_size`; None: of that size
-    patch_size: tuple[int, int, int] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     plan: Plan
     origin: dict[str, Any] = Field(default_factory=dict)
+
+
+class Description(Sealed):
+    """What the `model.json` of a trained network holds."""
+
+    format: Literal["unetrkit-model"] = "unetrkit-model"
+    classes: int = Field(ge=2)
+    # of what is cut and then interpolated to `image_size`; None: of that size
+    patch_size: tuple[int, int, int] | None = None
 
 
 def save_model(
@@ -136,7 +136,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     """
     from unetrkit.networks import build
 
-    folder = _folder(path)
+    folder = _folder(copy_of(path, "models"))
     description = _description(folder / FILES[0])
     weights = folder / FILES[1]
     if not weights.exists():

@@ -1,7 +1,5 @@
 """Label maps for scans: a prepared image, a volume, or files and whole data sets, on each case's own grid."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +19,7 @@ from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Extent, Plan, Settings
 from unetrkit.data.preprocess import preprocess
 from unetrkit.data.processes import Each
+from unetrkit.data.remote import url_of
 from unetrkit.data.volume import Volume, read_image, write_label
 from unetrkit.errors import UserError, many
 from unetrkit.inference.cases import Choice, choose_cases, doubts_about, require_free, require_one_plan
@@ -116,7 +115,7 @@ def predict(
     cases = choose_cases(inputs, choice, loaded)
     record = Record(out, shared=choice.part is not None)
     weights = [
-        {"path": str(path.absolute()), "sha256": model.description["sha256"]}
+        {"path": url_of(path) or str(path.absolute()), "sha256": model.description["sha256"]}
         for path, model in zip(models, loaded, strict=True)
     ]
     made = {"models": weights, "settings": settings.model_dump(mode="json")}
@@ -128,13 +127,15 @@ def predict(
         say(f"{many(len(cases) - len(todo), 'label map')} in `{out}` made before by the same models")
     if each:
         work = partial(_segment_here, models=tuple(models), settings=settings, out=out)
-        outcomes = _counted(each(work, todo, None, attrgetter("name")), todo, progress)
+        outcomes = each(work, todo, None, attrgetter("name"))
     else:
         outcomes = _segment_all(todo, loaded, settings, out, progress)
     written: list[Path] = []
     failed: dict[str, UserError] = {}
-    for index, outcome in outcomes:
+    for done, (index, outcome) in enumerate(outcomes, 1):
         case = todo[index]
+        if each and progress:
+            progress(done, len(todo), case.name)
         if isinstance(outcome, UserError):
             failed[case.name] = outcome
             record.drop(case)  # of another model: nobody may take it for this one's
@@ -181,15 +182,6 @@ def _segment_here(case: Case, models: tuple[Path, ...], settings: PredictSetting
 @lru_cache(1)
 def _kept_models(paths: tuple[Path, ...], device: str) -> list[Model]:
     return [load_model(path, _device(device)) for path in paths]
-
-
-def _counted(
-    outcomes: Iterator[tuple[int, Outcome]], cases: Sequence[Case], progress: Callable[..., None] | None
-) -> Iterator[tuple[int, Outcome]]:
-    for done, (index, outcome) in enumerate(outcomes, 1):
-        if progress:
-            progress(done, len(cases), cases[index].name)
-        yield index, outcome
 
 
 def _segment(
@@ -261,10 +253,8 @@ def _labels(
     except (RuntimeError, MemoryError) as error:
         if not was_too_small(error):
             raise
-        raise UserError(
-            f"not enough memory for windows of {window} voxels",
-            hint="`amp=bf16` needs less, `device=cpu` uses the main memory",
-        ) from error
+        message = f"not enough memory for windows of {window} voxels"
+        raise UserError(message, hint="`amp=bf16` needs less, `device=cpu` uses the main memory") from error
     finally:
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)

@@ -1,7 +1,5 @@
 """`predictions.json`: how each label map in a folder was made, and by which it is known again."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

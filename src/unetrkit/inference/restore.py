@@ -5,8 +5,6 @@ a CT of 512 x 512 x 1000 voxels with 60 classes. Here it is done for one native 
 numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np

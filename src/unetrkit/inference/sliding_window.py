@@ -4,8 +4,6 @@ Windows go in order of x, and only the part of the volume that later windows can
 Positions, weights and therefore scores are those of MONAI's `sliding_window_inference`, which holds them all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import combinations, product
@@ -41,9 +39,8 @@ def importance_map(window: Triple, blending: Blending) -> Tensor:
     """The weight of each voxel (x, y, z) of a window: 1, or a Gaussian of sigma window/8, at least 1e-3."""
     if blending == "constant":
         return torch.ones(window)
-    x, y, z = (
-        torch.exp((torch.arange(n) - (n - 1) / 2).square() / (-2 * (n / 8) ** 2)) for n in window
-    )  # a corner of 96 voxels would weigh 1e-10: float32 sums would lose it, hence the floor
+    # a corner of 96 voxels would weigh 1e-10: float32 sums would lose it, hence the floor
+    x, y, z = (torch.exp((torch.arange(n) - (n - 1) / 2).square() / (-2 * (n / 8) ** 2)) for n in window)
     return (x[:, None, None] * y[:, None] * z).clamp(min=1e-3)
 
 

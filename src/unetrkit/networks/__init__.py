@@ -1,7 +1,5 @@
 """The networks, by name: each (b, channels, x, y, z) -> logits (b, classes, x, y, z), of any size."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -52,12 +50,10 @@ def build(
 ) -> nn.Module:
     """A new network, initialised from torch's random state.
 
-    Args:
-        image_size: the size it will mostly see, in voxels; others work too.
-        options: by name, as a recipe or a model's description has them; lists stand for tuples.
+    * image_size: the size it will mostly see, in voxels; others work too.
+    * options: by name, as a recipe or a model's description has them; lists stand for tuples.
 
-    Raises:
-        UserError: unknown network or option, or a value that an option cannot have.
+    Raises UserError: unknown network or option, or a value that an option cannot have.
 
     >>> build("swin_unetr_tny", 1, 2, (96, 96, 96), {})
     Traceback (most recent call last):

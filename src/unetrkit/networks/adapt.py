@@ -1,13 +1,12 @@
 """Weights of another shape, made to fit: other channels, another grid of patches, another window."""
 
-from __future__ import annotations
-
 from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from unetrkit.errors import UserError, many
+from unetrkit.networks.vit import resized
 
 Grid = tuple[int, ...]
 OTHER = "has another shape in this network"
@@ -27,9 +26,8 @@ def adapt(
     """
     if name == "encoder.position" and target is not None and weight.shape[::2] == (shape[0], shape[2]):
         source = source or cube(weight.shape[1])
-        return resize_positions(
-            weight, source, target
-        ), f"interpolated from {_by(source)} to {_by(target)} patches"
+        how = f"interpolated from {_by(source)} to {_by(target)} patches"
+        return resize_positions(weight, source, target), how
     if name.endswith(".bias") and ".attention." in name and weight.ndim == 2:
         return resize_bias_table(weight, shape), f"interpolated from {weight.shape[0]} displacements"
     channels = _channels(name, weight, shape)
@@ -56,13 +54,9 @@ def resize_positions(position: Tensor, source: Grid, target: Grid) -> Tensor:
     """Position embeddings (1, n, dim) of one grid of patches for another: what `ViT` does at another size."""
     if prod(source) != position.shape[1]:
         message = f"{position.shape[1]} position embeddings do not lie on a grid of {_by(source)}"
-        raise UserError(
-            message, hint="name the size in voxels that they were trained at, a multiple of 16 an axis"
-        )
-    if source == target:
-        return position
-    learned = position.transpose(1, 2).unflatten(2, source).float()  # 1 c x y z
-    return F.interpolate(learned, target, mode="trilinear").flatten(2).transpose(1, 2)
+        hint = "name the size in voxels that they were trained at, a multiple of 16 an axis"
+        raise UserError(message, hint=hint)
+    return position if source == target else resized(position.float(), source, target)
 
 
 def resize_bias_table(table: Tensor, shape: Grid) -> Tensor:
@@ -83,9 +77,8 @@ def cube(count: int) -> Grid:
     side = round(count ** (1 / 3))
     if side**3 != count:
         message = f"the weights have {count} position embeddings, and the file does not say how they lie"
-        raise UserError(
-            message, hint="name the size in voxels that they were trained at: `init_size=96,96,64`"
-        )
+        hint = "name the size in voxels that they were trained at: `init_size=96,96,64`"
+        raise UserError(message, hint=hint)
     return (side, side, side)
 
 

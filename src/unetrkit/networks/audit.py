@@ -1,7 +1,5 @@
 """What became of every tensor of a file of weights, and of every weight of the network it was read into."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -73,8 +71,7 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
     The network may be on `meta`: only its shapes are looked at. source: the grid of patches that position
     embeddings of the file lie on, where it is known.
 
-    Raises:
-        UserError: weights that are not finite, or position embeddings on a grid that has to be named.
+    Raises UserError: weights that are not finite, or position embeddings on a grid that has to be named.
     """
     state: dict[str, Tensor] = {}
     loaded: list[Entry] = []
@@ -107,18 +104,10 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
         state[name] = fitting
     missing = [Entry(name, shape) for name, shape in wanted.items() if name not in state]
     sizes = {name: weight.numel() for name, weight in network.named_parameters()}
-    audit = Audit(
-        named.layout.key,
-        named.layout.title,
-        tuple(loaded),
-        tuple(adapted),
-        tuple(skipped),
-        tuple(missing),
-        _counts(sizes, state, True),
-        _counts(sizes, state, False),
-        dict(named.options),
-    )
-    return state, audit
+    entries = tuple(loaded), tuple(adapted), tuple(skipped), tuple(missing)
+    shares = _counts(sizes, state, True), _counts(sizes, state, False)
+    layout = named.layout.key, named.layout.title
+    return state, Audit(*layout, *entries, *shares, dict(named.options))
 
 
 def _cube_or(count: int, target: Grid) -> Grid:

@@ -1,7 +1,5 @@
 """What every network of the UNETR family is made of: residual blocks, the decoder, initialisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
@@ -27,10 +25,8 @@ def check_rate(option: str, rate: float) -> None:
 def run(block: nn.Module, *inputs: Tensor, checkpointing: bool) -> Tensor:
     """`block(*inputs)`; with `checkpointing` its activations are computed again for the gradient."""
     if checkpointing and torch.is_grad_enabled():
-        result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
-        return result
-    output: Tensor = block(*inputs)
-    return output
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def initialise(network: nn.Module) -> None:
@@ -84,8 +80,7 @@ class Up(nn.Module):
         if up.shape[2:] != skip.shape[2:]:  # an odd size was padded at its high end on the way down
             x, y, z = skip.shape[2:]
             up = up[:, :, :x, :y, :z]
-        result: Tensor = self.block(torch.cat((up, skip), dim=1))
-        return result
+        return self.block(torch.cat((up, skip), dim=1))
 
     def folded(self, coarse: Tensor, skip: Tensor) -> Tensor:
         """The same, the doubling and what the block's two convolutions make of it in one convolution each.
@@ -192,8 +187,7 @@ class EncoderDecoder(nn.Module):
 
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The image, as `arranged`, and the encoder's maps -> logits."""
-        logits: Tensor = self.decoder(self._skipped(maps))
-        return logits
+        return self.decoder(self._skipped(maps))
 
     def _skipped(self, maps: Sequence[Tensor]) -> list[Tensor]:
         checkpointing = self.decoder.checkpointing

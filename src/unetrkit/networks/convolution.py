@@ -1,7 +1,5 @@
 """Convolutions that are right and fast on every CPU, where torch's own are not always."""
 
-from __future__ import annotations
-
 from math import prod
 
 import torch
@@ -35,8 +33,7 @@ class Convolution(nn.Conv3d):
             with torch.autocast("cpu", enabled=False):
                 return self(x.to(self.weight.dtype))
         if self.bias is None and is_left_to_torch(x):
-            y: Tensor = _SmallConvolution.apply(x, self.weight)
-            return y
+            return _SmallConvolution.apply(x, self.weight)
         return super().forward(x)
 
 
@@ -82,8 +79,7 @@ class _SmallConvolution(torch.autograd.Function):
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = torch.mkldnn_convolution(x, weight, None, [weight.shape[2] // 2] * 3, [1] * 3, [1] * 3, 1)
-    return y
+    return torch.mkldnn_convolution(x, weight, None, [weight.shape[2] // 2] * 3, [1] * 3, [1] * 3, 1)
 
 
 def conv(in_channels: int, out_channels: int, size: int) -> nn.Conv3d:

@@ -1,7 +1,5 @@
 """What each network costs: parameters, and the arithmetic of a forward pass, counted without computing it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

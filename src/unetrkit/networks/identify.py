@@ -1,12 +1,10 @@
 """Which network a file of weights belongs to, as its shapes tell."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, many
 from unetrkit.networks import NETWORKS, known_options
 from unetrkit.networks.published import Named
 
@@ -27,9 +25,8 @@ class Identity:
 
     def words(self) -> str:
         """`swin_unetr_base, 1 channel, 14 classes`."""
-        channels = "1 channel" if self.in_channels == 1 else f"{self.in_channels} channels"
         classes = "no output layer" if self.classes is None else f"{self.classes} classes"
-        return f"{self.network}, {channels}, {classes}"
+        return f"{self.network}, {many(self.in_channels, 'channel')}, {classes}"
 
 
 def identify(named: Named, description: Mapping[str, Any]) -> Identity:

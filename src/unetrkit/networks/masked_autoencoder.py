@@ -3,18 +3,16 @@
 He et al. 2022, https://arxiv.org/abs/2111.06377; in 3D: Wald et al. 2024, https://arxiv.org/abs/2412.17041
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unetrkit.errors import UserError
 from unetrkit.networks.blocks import initialise, run
-from unetrkit.networks.primus import RotaryViT, primus, rotary
+from unetrkit.networks.primus import PrimusSize, RotaryViT, primus, rotary
 from unetrkit.networks.unetr import takes
 from unetrkit.networks.vit import Block, ViT, ViTSize
 from unetrkit.networks.windows import Size
@@ -26,8 +24,7 @@ class FillingSize:
 
     As it stands, VideoMAE's for ViT-B (arXiv 2203.12602): half the encoder's width, 4 blocks.
 
-    Raises:
-        UserError: sizes that are none, or that do not fit each other.
+    Raises UserError: sizes that are none, or that do not fit each other.
     """
 
     decoder_depth: int = 4
@@ -73,8 +70,7 @@ class Filling(nn.Module):
         x = hidden.scatter(1, visible[:, :, None].expand_as(seen), seen) + place
         for block in self.blocks:
             x = run(block, x, checkpointing=self.checkpointing)
-        patches: Tensor = self.head(self.norm(x))
-        return patches
+        return self.head(self.norm(x))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -118,64 +114,34 @@ class MaskedAutoencoder(nn.Module):
 
 @takes(FillingSize)
 @takes(ViTSize)
-def masked_autoencoder(
-    in_channels: int,
-    image_size: Size = (96, 96, 96),
-    *,
-    patch_embedding: Literal["conv", "perceptron"] = "conv",
-    dropout: float = 0.0,
-    checkpointing: bool = False,
-    **sizes: Any,
-) -> MaskedAutoencoder:
+def masked_autoencoder(in_channels: int, image_size: Size = (96, 96, 96), **sizes: Any) -> MaskedAutoencoder:
     """The transformer of `unetr`, and a light one that fills in.
 
-    Args:
-        image_size: position embeddings are learned on its grid of patches; give what fine-tuning will use.
-        patch_embedding: how the embedding begins, see `PatchEmbedding`.
-        dropout: in the encoder.
-        checkpointing: compute activations twice instead of keeping them.
-        sizes: of the encoder, see `ViTSize`, and of what fills in, see `FillingSize`.
+    * image_size: position embeddings are learned on its grid of patches; give what fine-tuning will use.
+    * sizes: of the encoder, see `ViTSize`, and of what fills in, see `FillingSize`.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
-    filling = {field.name: sizes.pop(field.name) for field in fields(FillingSize) if field.name in sizes}
+    filling = _filling(sizes)
     size = ViTSize(**sizes)
-    encoder = ViT(
-        in_channels,
-        image_size,
-        size,
-        patch_embedding=patch_embedding,
-        dropout=dropout,
-        checkpointing=checkpointing,
-    )
-    return MaskedAutoencoder(encoder, in_channels, size.patch, FillingSize(**filling))
+    return MaskedAutoencoder(ViT(in_channels, image_size, size), in_channels, size.patch, filling)
 
 
 @takes(FillingSize)
+@takes(PrimusSize)
 def masked_autoencoder_primus(
-    in_channels: int,
-    image_size: Size = (96, 96, 96),
-    *,
-    width: int = 396,
-    depth: int = 12,
-    heads: int = 6,
-    drop_path: float = 0.0,
-    checkpointing: bool = False,
-    **filling: Any,
+    in_channels: int, image_size: Size = (96, 96, 96), **sizes: Any
 ) -> MaskedAutoencoder:
     """The transformer of `primus_s`, or of another by `width`, `depth` and `heads`, and a light one.
 
-    The other options are those of `primus`, and `FillingSize`'s. Raises UserError as they do.
+    The options are those of `primus`, and `FillingSize`'s. Raises UserError as they do.
     """
-    whole = primus(
-        in_channels,
-        1,
-        image_size,
-        width=width,
-        depth=depth,
-        heads=heads,
-        drop_path=drop_path,
-        checkpointing=checkpointing,
-    )
-    return MaskedAutoencoder(whole.encoder, in_channels, RotaryViT.patch, FillingSize(**filling))
+    filling = _filling(sizes)
+    whole = primus(in_channels, 1, image_size, **sizes)
+    return MaskedAutoencoder(whole.encoder, in_channels, RotaryViT.patch, filling)
+
+
+def _filling(sizes: dict[str, Any]) -> FillingSize:
+    """Takes its own out of the options."""
+    own = {field.name: sizes.pop(field.name) for field in fields(FillingSize) if field.name in sizes}
+    return FillingSize(**own)

@@ -1,7 +1,5 @@
 """Instance norm and LeakyReLU in one: in place, and with nothing kept for the gradient but the result."""
 
-from __future__ import annotations
-
 from math import prod
 
 import torch
@@ -28,8 +26,7 @@ def instance_norm_(x: Tensor, slope: float = 1.0) -> Tensor:
     last = x.is_contiguous(memory_format=CHANNELS_LAST)
     known = x.dtype in (torch.float32, torch.float64, torch.bfloat16)
     if x.is_cpu and last and known and not torch.compiler.is_compiling():
-        y: Tensor = _InstanceNorm.apply(x, slope)
-        return y
+        return _InstanceNorm.apply(x, slope)
     # a group per channel is the same function; on a CPU it takes 1.7 ms where instance_norm takes 7.2
     y = torch.group_norm(x, x.shape[1], None, None, EPSILON)
     return y if slope == 1 else F.leaky_relu(y, slope, inplace=True)

@@ -4,11 +4,11 @@ Wald et al. 2025, https://arxiv.org/abs/2503.01835; its blocks are EVA-02's, Fan
 https://arxiv.org/abs/2303.11331; rotary positions: Su et al. 2021, https://arxiv.org/abs/2104.09864
 """
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,38 @@ from torch import Tensor, nn
 
 from unetrkit.errors import UserError
 from unetrkit.networks.blocks import DropPath, check_rate, initialise, run
-from unetrkit.networks.vit import PatchEmbedding
+from unetrkit.networks.unetr import takes
+from unetrkit.networks.vit import PatchEmbedding, resized
 from unetrkit.networks.windows import Size, remembered
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrimusSize:
+    """How large Primus is, and how it is run; as it stands, Primus-S.
+
+    * width, depth, heads: the channels of a token, `heads` times a multiple of 6; the blocks; their heads
+    * drop_path: probability that the last block is dropped in training; it rises from 0 at the first. The
+      paper trains with 0.2.
+    * checkpointing: compute activations twice instead of keeping them
+
+    Raises UserError: sizes that are none, or that do not fit each other.
+    """
+
+    width: int = 396
+    depth: int = 12
+    heads: int = 6
+    drop_path: float = 0.0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("depth", "heads"):
+            if getattr(self, option) < 1:
+                raise UserError(f"`{option}` is {getattr(self, option)}", hint="1 or more is needed")
+        if self.width < 1 or self.width % (6 * self.heads):
+            each = "six channels for each of `heads`, two for each axis"
+            hint = f"a multiple of {6 * self.heads} is needed: {each}"
+            raise UserError(f"`width` is {self.width}", hint=hint)
+        check_rate("drop_path", self.drop_path)
 
 
 def rotary(grid: Size, dim: int, device: torch.device) -> Tensor:
@@ -67,8 +97,7 @@ class Attention(nn.Module):
         q, k, v = (linear(x).unflatten(2, head) for linear in (self.q, self.k, self.v))  # b n h d
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, table), rotate(k, table), v))  # b h n d
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # b n c
-        result: Tensor = self.proj(self.norm(x))
-        return result
+        return self.proj(self.norm(x))
 
 
 class SwiGLU(nn.Module):
@@ -86,8 +115,7 @@ class SwiGLU(nn.Module):
         self.linear2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear2(self.norm(F.silu(self.gate(x)) * self.linear1(x)))
-        return result
+        return self.linear2(self.norm(F.silu(self.gate(x)) * self.linear1(x)))
 
 
 class Block(nn.Module):
@@ -127,29 +155,18 @@ class RotaryViT(nn.Module):
 
     patch = 8
 
-    def __init__(
-        self,
-        in_channels: int,
-        image_size: Size,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, image_size: Size, size: PrimusSize) -> None:
         super().__init__()
-        x, y, z = (-(-size // self.patch) for size in image_size)
-        self.grid = (x, y, z)
-        self.channels = (width,)
-        self.head = width // heads
-        self.checkpointing = checkpointing
-        self.embedding = PatchEmbedding(in_channels, width, self.patch, "perceptron")
-        self.position = nn.Parameter(torch.empty(1, prod(self.grid), width))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        blocks = (Block(width, heads, number=i + 1, drop_path=rate) for i, rate in enumerate(rates))
+        self.grid = tuple(-(-extent // self.patch) for extent in image_size)
+        self.channels = (size.width,)
+        self.head = size.width // size.heads
+        self.checkpointing = size.checkpointing
+        self.embedding = PatchEmbedding(in_channels, size.width, self.patch, "perceptron")
+        self.position = nn.Parameter(torch.empty(1, prod(self.grid), size.width))
+        rates = [size.drop_path * i / max(1, size.depth - 1) for i in range(size.depth)]
+        blocks = (Block(size.width, size.heads, number=i + 1, drop_path=rate) for i, rate in enumerate(rates))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(size.width)
 
     def reset(self) -> None:
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -157,32 +174,24 @@ class RotaryViT(nn.Module):
 
     def positions(self, grid: Size) -> Tensor:
         """Learned position embeddings for a grid of tokens, (1, n, width)."""
-        if grid == self.grid:
-            return self.position
-        learned = self.position.transpose(1, 2).unflatten(2, self.grid)  # 1 c x y z
-        return F.interpolate(learned, grid, mode="trilinear").flatten(2).transpose(1, 2)
+        return resized(self.position, self.grid, grid)
 
     def embed(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of an image with their learned positions, (b, n, width), and their table of `rotary`."""
-        tokens, grid = self._tokens(image)
-        return tokens, rotary(grid, self.head, image.device)
+        cubes = self.embedding(image)  # b x y z c
+        _, x, y, z, _ = cubes.shape
+        tokens = cubes.flatten(1, 3) + self.positions((x, y, z))
+        return tokens, rotary((x, y, z), self.head, image.device)
 
     def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
         """All tokens, or some with their rows of the table, through the blocks; (b, n, width), normed."""
         for block in self.blocks:
             tokens = run(block, tokens, table, checkpointing=self.checkpointing)
-        encoded: Tensor = self.norm(tokens)
-        return encoded
+        return self.norm(tokens)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        tokens, grid = self._tokens(image)
-        x = self.encode(tokens, rotary(grid, self.head, image.device))
-        return [x.transpose(1, 2).unflatten(2, grid)]  # b c x y z
-
-    def _tokens(self, image: Tensor) -> tuple[Tensor, Size]:
-        cubes = self.embedding(image)  # b x y z c
-        _, x, y, z, _ = cubes.shape
-        return cubes.flatten(1, 3) + self.positions((x, y, z)), (x, y, z)
+        grid = [-(-extent // self.patch) for extent in image.shape[2:]]
+        return [self.encode(*self.embed(image)).transpose(1, 2).unflatten(2, grid)]  # b c x y z
 
 
 class LightDecoder(nn.Module):
@@ -208,8 +217,7 @@ class LightDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for up, norm in zip(self.up, self.norm, strict=True):
             x = F.gelu(norm(up(x).movedim(1, -1)).movedim(-1, 1))
-        logits: Tensor = self.head(x)
-        return logits
+        return self.head(x)
 
 
 class Primus(nn.Module):
@@ -227,47 +235,14 @@ class Primus(nn.Module):
         return logits[:, :, :x, :y, :z]
 
 
-def primus(
-    in_channels: int,
-    classes: int,
-    image_size: Size = (96, 96, 96),
-    *,
-    width: int = 396,
-    depth: int = 12,
-    heads: int = 6,
-    drop_path: float = 0.0,
-    checkpointing: bool = False,
-) -> Primus:
+@takes(PrimusSize)
+def primus(in_channels: int, classes: int, image_size: Size = (96, 96, 96), **size: Any) -> Primus:
     """Primus with tokens of 8 x 8 x 8 voxels: (b, in_channels, x, y, z) -> logits (b, classes, x, y, z).
 
     Any size of 1 or more. Attention is between all tokens: 12 x 12 x 12 of them at 96 x 96 x 96, and the
     square of their number costs time (memory only in proportion). As published but for two things: learned
     positions are interpolated to other grids than `image_size`'s, and images need not be multiples of 8.
 
-    Args:
-        width: channels of a token, `heads` times a multiple of 6.
-        depth: the number of blocks.
-        drop_path: probability that the last block is dropped in training; it rises from 0 at the first. The
-            paper trains with 0.2.
-        checkpointing: compute activations twice instead of keeping them.
-
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    size: see `PrimusSize`. Raises UserError where it is none.
     """
-    for option, value in (("depth", depth), ("heads", heads)):
-        if value < 1:
-            raise UserError(f"`{option}` is {value}", hint="1 or more is needed")
-    if width < 1 or width % (6 * heads):
-        hint = f"a multiple of {6 * heads} is needed: six channels for each of `heads`, two for each axis"
-        raise UserError(f"`width` is {width}", hint=hint)
-    check_rate("drop_path", drop_path)
-    encoder = RotaryViT(
-        in_channels,
-        image_size,
-        width=width,
-        depth=depth,
-        heads=heads,
-        drop_path=drop_path,
-        checkpointing=checkpointing,
-    )
-    return Primus(encoder, classes)
+    return Primus(RotaryViT(in_channels, image_size, PrimusSize(**size)), classes)

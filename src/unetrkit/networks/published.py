@@ -1,7 +1,5 @@
 """Names of published weights: MONAI's UNETR and Swin UNETR, what was pre-trained for them, and ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -65,10 +63,7 @@ LEFT: tuple[tuple[str, str], ...] = (
     (r"^swinViT\.norm\.", "is a norm after the last stage that Swin UNETR does not have"),
     (r"^swinViT\.patch_embed\.norm\.", "is a norm that Swin UNETR does not have"),
     (r"^(rotation|contrastive)_head\.|^conv\.\d+\.|^conv3d_transpose", "is a head of the pre-training"),
-    (
-        r"^(encoder|decoder)\d+\..*\bnorm\d\.",
-        "is a scale of a norm that these networks do not learn",
-    ),
+    (r"^(encoder|decoder)\d+\..*\bnorm\d\.", "is a scale of a norm that these networks do not learn"),
 )
 UNKNOWN = "is no name of this layout"
 STRAY = "is a shortcut that MONAI before 0.9 made for every block and used only where channels change"
@@ -132,8 +127,7 @@ class Named:
 def translate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under our names, for `load_state_dict`, if every one of them has a place or a reason.
 
-    Raises:
-        UserError: a name that is none of a published network's.
+    Raises UserError: a name that is none of a published network's.
     """
     named = rename(state_dict)
     for entry in named.left:
@@ -146,8 +140,7 @@ def translate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rename(state_dict: Mapping[str, Tensor]) -> Named:
     """The weights of a file under our names, and what the network must be for them.
 
-    Raises:
-        UserError: the names follow no layout that is known.
+    Raises UserError: the names follow no layout that is known.
     """
     bare = {name: WRAPPERS.sub("", name) for name in state_dict}
     layout = recognise(bare.values())
@@ -167,7 +160,10 @@ def rename(state_dict: Mapping[str, Tensor]) -> Named:
             left.append(Entry(name, () if tensor is None else tuple(tensor.shape), reason))
             continue
         if monai.startswith("vit.patch_embedding.patch_embeddings.") and monai.endswith("weight"):
-            tensor = _cubes(tensor)
+            # from a convolution or a "perceptron" (dim, p*p*p*c) to (dim, c*p*p*p)
+            if tensor.ndim == 2 and tensor.shape[1] % 16**3 == 0:
+                tensor = tensor.unflatten(1, (16, 16, 16, -1)).movedim(-1, 1)
+            tensor = tensor.flatten(1)
         tensors[ours], theirs[ours] = tensor, name
     return Named(layout, tensors, theirs, tuple(left), _options(layout, bare.values(), tensors))
 
@@ -198,10 +194,3 @@ def _replaced(name: str, rules: tuple[Rule, ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _cubes(weight: Tensor) -> Tensor:
-    """UNETR's patch embedding as (dim, c*p*p*p), from a convolution or a "perceptron" (dim, p*p*p*c)."""
-    if weight.ndim == 2 and weight.shape[1] % 16**3 == 0:
-        weight = weight.unflatten(1, (16, 16, 16, -1)).movedim(-1, 1)
-    return weight.flatten(1)

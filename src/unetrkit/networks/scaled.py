@@ -1,7 +1,5 @@
 """What is cut and what a network sees of it at different sizes, as in Azure's Swin UNETR example."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

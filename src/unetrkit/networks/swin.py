@@ -3,8 +3,6 @@
 Liu et al. 2021, https://arxiv.org/abs/2103.14030
 """
 
-from __future__ import annotations
-
 from typing import Literal, TypedDict
 
 import torch
@@ -65,8 +63,7 @@ class WindowAttention(nn.Module):
         index = relative_index(layout.size, self.window, self.sliced, x.device)
         # plain indexing is five times as slow, and two threads add its gradient up in the order they come
         bias = self.bias.t().index_select(1, index.flatten()).unflatten(1, index.shape)  # h m m
-        result: Tensor = self.proj(attend(qkv, padding, bias, layout).flatten(2))
-        return result
+        return self.proj(attend(qkv, padding, bias, layout).flatten(2))
 
 
 class Block(nn.Module):
@@ -106,8 +103,7 @@ class PatchMerging(nn.Module):
         if i or j or k:
             x = F.pad(x, (0, 0, 0, k, 0, j, 0, i))
         corners = [x[:, int(at[0]) :: 2, int(at[1]) :: 2, int(at[2]) :: 2] for at in self.corners]
-        merged: Tensor = self.reduction(self.norm(torch.cat(corners, dim=-1)))
-        return merged
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
 
 
 class Stage(nn.Module):
@@ -131,8 +127,7 @@ class Stage(nn.Module):
             x = convolved.movedim(1, -1).contiguous()
         for block in self.blocks:
             x = run(block, x, checkpointing=self.checkpointing)
-        merged: Tensor = self.merging(x)
-        return merged
+        return self.merging(x)
 
 
 class SwinEncoder(nn.Module):
@@ -156,9 +151,8 @@ class SwinEncoder(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         if feature_size < 12 or feature_size % 12:
-            raise UserError(
-                f"`feature_size` is {feature_size}", hint="a multiple of 12 is needed, such as 24"
-            )
+            message = f"`feature_size` is {feature_size}"
+            raise UserError(message, hint="a multiple of 12 is needed, such as 24")
         check_rate("drop_path", drop_path)
         super().__init__()
         self.channels = tuple(feature_size * 2**level for level in range(5))

@@ -4,9 +4,8 @@ Tang et al. 2022, https://arxiv.org/abs/2111.14791 (rotation, contrast, reconstr
 Valanarasu et al. 2023, https://arxiv.org/abs/2307.16896 (the whole network reconstructs)
 """
 
-from __future__ import annotations
-
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any, Literal, Unpack
 
@@ -39,8 +38,7 @@ class Refining(nn.Module):
             one_voxel = x.shape[2:].numel() == 1
             x = F.leaky_relu(x, SLOPE) if one_voxel else instance_norm_(x, SLOPE)
             x = F.interpolate(x, scale_factor=2, mode="trilinear")
-        reconstruction: Tensor = self.head(x)
-        return reconstruction
+        return self.head(x)
 
 
 def _doubling(dim: int, channels: int) -> nn.Sequential:
@@ -48,11 +46,11 @@ def _doubling(dim: int, channels: int) -> nn.Sequential:
     return nn.Sequential(*(nn.ConvTranspose3d(a, b, 2, stride=2) for a, b in pairwise(widths)))
 
 
-def _one_step(dim: int, channels: int) -> nn.ConvTranspose3d:
-    return nn.ConvTranspose3d(dim, channels, 32, stride=32)
-
-
-RECONSTRUCTIONS = {"vae": Refining, "deconv": _doubling, "large_kernel_deconv": _one_step}
+RECONSTRUCTIONS: dict[str, Callable[..., nn.Module]] = {
+    "vae": Refining,
+    "deconv": _doubling,
+    "large_kernel_deconv": partial(nn.ConvTranspose3d, kernel_size=32, stride=32),
+}
 
 
 class SwinHeads(nn.Module):
@@ -101,15 +99,13 @@ def swin_heads(
 
     `image_size` decides nothing here.
 
-    Args:
-        feature_size: channels at half resolution, a multiple of 12, as in the network to be fine-tuned.
-        reconstruction: "vae" refines and doubles five times, "deconv" doubles with transposed convolutions,
-            "large_kernel_deconv" is one of them, 32 voxels wide.
-        heads: what rotation and contrast are told from, see `SwinHeads`; published: "single_token".
-        swin: the encoder's options, as `swin_unetr` has them.
+    * feature_size: channels at half resolution, a multiple of 12, as in the network to be fine-tuned.
+    * reconstruction: "vae" refines and doubles five times, "deconv" doubles with transposed convolutions,
+      "large_kernel_deconv" is one of them, 32 voxels wide.
+    * heads: what rotation and contrast are told from, see `SwinHeads`; published: "single_token".
+    * swin: the encoder's options, as `swin_unetr` has them.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
     encoder = SwinEncoder(in_channels, feature_size, **swin)
     return SwinHeads(encoder, in_channels, reconstruction=reconstruction, heads=heads)

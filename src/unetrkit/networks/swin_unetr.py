@@ -3,8 +3,6 @@
 Hatamizadeh et al. 2022, https://arxiv.org/abs/2201.01266
 """
 
-from __future__ import annotations
-
 from typing import Unpack
 
 from torch import nn
@@ -27,28 +25,17 @@ def swin_unetr(
     Any size of 1 or more, odd ones too: maps are padded where they are halved and cropped where they are
     doubled again, so that 48 x 64 x 48 costs what it is. `image_size` decides nothing here.
 
-    Args:
-        feature_size: channels at full and half resolution, a multiple of 12; they double at each level down.
-        deep_supervision: how many coarser scales are trained too, see `Decoder`; up to 4.
-        options: see `SwinOptions`.
+    * feature_size: channels at full and half resolution, a multiple of 12; they double at each level down.
+    * deep_supervision: how many coarser scales are trained too, see `Decoder`; up to 4.
+    * options: see `SwinOptions`.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
     encoder = SwinEncoder(in_channels, feature_size, **options)
-    half, quarter, eighth, _, bottom = encoder.channels
-    skip = [
-        ResidualBlock(in_channels, feature_size),
-        ResidualBlock(half, half),
-        ResidualBlock(quarter, quarter),
-        ResidualBlock(eighth, eighth),
-        nn.Identity(),
-        ResidualBlock(bottom, bottom),
-    ]
-    decoder = Decoder(
-        (feature_size, *encoder.channels),
-        classes,
-        checkpointing=options.get("checkpointing", False),
-        deep_supervision=deep_supervision,
-    )
+    *fine, _, bottom = encoder.channels
+    image = ResidualBlock(in_channels, feature_size)
+    between = [ResidualBlock(width, width) for width in fine]
+    skip = [image, *between, nn.Identity(), ResidualBlock(bottom, bottom)]
+    widths, checkpointing = (feature_size, *encoder.channels), options.get("checkpointing", False)
+    decoder = Decoder(widths, classes, checkpointing=checkpointing, deep_supervision=deep_supervision)
     return EncoderDecoder(encoder, skip, decoder)

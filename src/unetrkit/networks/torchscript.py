@@ -5,8 +5,6 @@ it: they lie beside the code, and `data.pkl` says which is which. That pickle is
 operation; what it names is never looked up, and it can make containers, numbers and tensors only.
 """
 
-from __future__ import annotations
-
 import pickletools
 import re
 import sys
@@ -53,7 +51,8 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     folder = pickle.removesuffix("data.pkl")
     if archive.getinfo(pickle).file_size > LARGEST_PICKLE:
         raise ValueError(f"its `data.pkl` is larger than {LARGEST_PICKLE // 2**20} MB")
-    if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != _byteorder():
+    order = f"{folder}byteorder"
+    if order in archive.namelist() and archive.read(order) != sys.byteorder.encode():
         raise ValueError("its numbers are in another computer's byte order")
     storages: dict[str, Tensor] = {}
 
@@ -148,12 +147,6 @@ def _made(function: Named, arguments: tuple[Any, ...]) -> object:
             return {}
         case ["torch._utils", "_rebuild_parameter"]:
             return arguments[0]
-        case ["torch.jit._pickle", name] if name == "restore_type_tag" or re.fullmatch(
-            r"build_\w+list", name
-        ):
+        case ["torch.jit._pickle", name] if re.fullmatch(r"restore_type_tag|build_\w+list", name):
             return arguments[0]
     raise ValueError(f"it calls `{function.name.replace(' ', '.')}`")
-
-
-def _byteorder() -> bytes:
-    return sys.byteorder.encode()

@@ -3,11 +3,9 @@
 Hatamizadeh et al. 2022, https://arxiv.org/abs/2103.10504
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -43,9 +41,6 @@ def unetr(
     image_size: tuple[int, int, int] = (96, 96, 96),
     *,
     feature_size: int = 16,
-    patch_embedding: Literal["conv", "perceptron"] = "conv",
-    dropout: float = 0.0,
-    checkpointing: bool = False,
     deep_supervision: int = 0,
     **size: Any,
 ) -> EncoderDecoder:
@@ -55,36 +50,24 @@ def unetr(
     crops what it doubles to the image. Position embeddings are learned on `image_size`'s grid of patches and
     interpolated for others. A patch of 2**n voxels takes n doublings on the way back, 4 as published.
 
-    Args:
-        feature_size: channels at full resolution; they double at each level down.
-        patch_embedding: how the embedding begins, see `PatchEmbedding`.
-        dropout: in the transformer.
-        checkpointing: compute activations twice instead of keeping them.
-        deep_supervision: how many coarser scales are trained too, see `Decoder`; with a patch of 16 up to 3.
-        size: the transformer's own options, see `ViTSize`; its taps become the skips from 1/2 down.
+    * feature_size: channels at full resolution; they double at each level down.
+    * deep_supervision: how many coarser scales are trained too, see `Decoder`; with a patch of 16 up to 3.
+    * size: the transformer's own options, see `ViTSize`; its taps become the skips from 1/2 down.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
-    encoder = ViT(
-        in_channels,
-        image_size,
-        ViTSize(**size),
-        patch_embedding=patch_embedding,
-        dropout=dropout,
-        checkpointing=checkpointing,
-    )
+    vit = ViTSize(**size)
+    encoder = ViT(in_channels, image_size, vit)
     channels = decoder_channels(feature_size, encoder)
     skip = skips(in_channels, channels)
-    decoder = Decoder(channels, classes, checkpointing=checkpointing, deep_supervision=deep_supervision)
+    decoder = Decoder(channels, classes, checkpointing=vit.checkpointing, deep_supervision=deep_supervision)
     return EncoderDecoder(encoder, skip, decoder)
 
 
 def decoder_channels(feature_size: int, encoder: ViT) -> tuple[int, ...]:
     """Channels of the maps from full resolution down: doubled at each level, the encoder's at its own grid.
 
-    Raises:
-        UserError: a feature size below 1.
+    Raises UserError: a feature size below 1.
     """
     if feature_size < 1:
         raise UserError(f"`feature_size` is {feature_size}", hint="1 or more is needed; published: 16 and 32")

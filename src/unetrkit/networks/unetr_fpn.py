@@ -5,10 +5,8 @@ the fusion, at feature size 32 only, and those compute the same here. Of the oth
 figure: what we made of them stands at `LIGHT` and `Alignment`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -51,25 +49,17 @@ def unetr_fpn(
 
     Without a change it is `unetr`; weights of what is unchanged have the same names.
 
-    Args:
-        feature_size, patch_embedding, dropout, checkpointing, deep_supervision: as in `unetr`; the study's
-            feature size is 32.
-        changes: `stem`, see `Stem`; `light_vit`, see `LIGHT`; `skip_alignment`, see `Alignment`;
-            `fpn_fusion`, see `FusingDecoder`.
+    * feature_size, patch_embedding, dropout, checkpointing, deep_supervision: as in `unetr`; the study's
+      feature size is 32.
+    * changes: `stem`, see `Stem`; `light_vit`, see `LIGHT`; `skip_alignment`, see `Alignment`;
+      `fpn_fusion`, see `FusingDecoder`.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
     has = Changes(**changes)
-    encoder = ViT(
-        in_channels,
-        image_size,
-        LIGHT if has.light_vit else ViTSize(),
-        stem=Stem(in_channels) if has.stem else None,
-        patch_embedding=patch_embedding,
-        dropout=dropout,
-        checkpointing=checkpointing,
-    )
+    size = LIGHT if has.light_vit else ViTSize()
+    size = replace(size, patch_embedding=patch_embedding, dropout=dropout, checkpointing=checkpointing)
+    encoder = ViT(in_channels, image_size, size, stem=Stem(in_channels) if has.stem else None)
     channels = decoder_channels(feature_size, encoder)
     skip = skips(in_channels, channels, grow_aligned if has.skip_alignment else grow)
     kind = FusingDecoder if has.fpn_fusion else Decoder
@@ -89,8 +79,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv3d(16, channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        output: Tensor = self.conv2(F.relu(instance_norm_(self.conv1(image))))
-        return output
+        return self.conv2(F.relu(instance_norm_(self.conv1(image))))
 
 
 class Alignment(nn.Module):

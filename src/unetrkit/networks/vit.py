@@ -3,12 +3,11 @@
 Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, prod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,18 @@ PATCHES = (2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class ViTSize:
-    """How large a vision transformer is, and after which blocks it hands out maps; as it stands, ViT-B/16.
+    """How large a vision transformer is, how it is run and when it hands out maps; as it stands, ViT-B/16.
 
     * depth, width, heads: the blocks, the channels of a token, the attention heads that share them
     * mlp_ratio: the channels inside each block's MLP, as a multiple of `width`
     * patch: the edge in voxels of the cube that becomes a token, one of `PATCHES`
     * taps: the blocks, counted from 0, whose tokens are handed out too: one for each level between the image
       and the patches, log2(patch) - 1. None given: evenly spaced, 3, 6, 9 of 12 and 2, 4, 6 of 8.
+    * patch_embedding: how the embedding begins, see `PatchEmbedding`
+    * dropout: of the embedded tokens, and in attention and MLP
+    * checkpointing: compute activations twice instead of keeping them
 
-    Raises:
-        UserError: sizes that are none, or that do not fit each other.
+    Raises UserError: sizes that are none, or that do not fit each other.
 
     >>> ViTSize(depth=8, width=512, heads=8).tapped
     (2, 4, 6)
@@ -43,6 +44,9 @@ class ViTSize:
     mlp_ratio: float = 4.0
     patch: int = 16
     taps: tuple[int, ...] = ()
+    patch_embedding: Literal["conv", "perceptron"] = "conv"
+    dropout: float = 0.0
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for option in ("depth", "width", "heads"):
@@ -63,6 +67,7 @@ class ViTSize:
         if len(self.tapped) != self.count or not rising:
             numbers = f"{self.count} rising block numbers from 0 to {self.depth - 1}"
             raise UserError(f"`taps` is {list(self.taps)}", hint=f"{numbers} are needed, as in {self.even()}")
+        check_rate("dropout", self.dropout)
 
     @property
     def count(self) -> int:
@@ -84,6 +89,14 @@ class ViTSize:
     def even(self) -> list[int]:
         """The evenly spaced taps."""
         return [tap * self.depth // (self.count + 1) for tap in range(1, self.count + 1)]
+
+
+def resized(position: Tensor, source: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
+    """Position embeddings (1, n, dim), learned on the grid of patches `source`, for another grid."""
+    if source == target:
+        return position
+    learned = position.transpose(1, 2).unflatten(2, source)  # 1 c x y z
+    return F.interpolate(learned, target, mode="trilinear").flatten(2).transpose(1, 2)
 
 
 class PatchEmbedding(nn.Linear):
@@ -151,39 +164,22 @@ class ViT(nn.Module):
     `image_size`'s grid of patches, are interpolated to the image's grid. Only the last map is normed. The
     network that owns it must `initialise` it: position embeddings start at 0 here.
 
-    Args:
-        image_size: the size that it will mostly see, in voxels.
-        stem: what the image passes first, on its way to the patches: the same channels on the same grid.
-        patch_embedding: how the embedding begins, see `PatchEmbedding`.
-        dropout: of the embedded tokens, and in attention and MLP.
-        checkpointing: compute activations twice instead of keeping them.
-
-    Raises:
-        UserError: a dropout that is no probability.
+    * image_size: the size that it will mostly see, in voxels.
+    * stem: what the image passes first, on its way to the patches: the same channels on the same grid.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        image_size: tuple[int, int, int],
-        size: ViTSize | None = None,
-        *,
-        stem: nn.Module | None = None,
-        patch_embedding: str = "conv",
-        dropout: float = 0.0,
-        checkpointing: bool = False,
+        self, in_channels: int, image_size: Sequence[int], size: ViTSize, *, stem: nn.Module | None = None
     ) -> None:
         super().__init__()
-        check_rate("dropout", dropout)
-        self.size = size = size or ViTSize()
+        self.size = size
         self.grid = self.grid_of(image_size)
         self.channels = (size.width,) * (len(size.tapped) + 1)
-        self.dropout = dropout
-        self.checkpointing = checkpointing
+        self.checkpointing = size.checkpointing
         self.stem = stem
-        self.embedding = PatchEmbedding(in_channels, size.width, size.patch, patch_embedding)
+        self.embedding = PatchEmbedding(in_channels, size.width, size.patch, size.patch_embedding)
         self.position = nn.Parameter(torch.zeros(1, prod(self.grid), size.width))
-        blocks = (Block(size.width, size.heads, size.hidden, dropout) for _ in range(size.depth))
+        blocks = (Block(size.width, size.heads, size.hidden, size.dropout) for _ in range(size.depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(size.width)
 
@@ -196,18 +192,15 @@ class ViT(nn.Module):
 
     def positions(self, grid: tuple[int, ...]) -> Tensor:
         """Position embeddings for a grid of patches, (1, n, width)."""
-        if grid == self.grid:
-            return self.position
-        learned = self.position.transpose(1, 2).unflatten(2, self.grid)  # 1 c x y z
-        return F.interpolate(learned, grid, mode="trilinear").flatten(2).transpose(1, 2)
+        return resized(self.position, self.grid, grid)
 
     def embed(self, image: Tensor) -> Tensor:
         """The image's patches as tokens that know their place, (b, n, width), z fastest."""
         if self.stem is not None:
             image = run(self.stem, image, checkpointing=self.checkpointing)
         tokens = self.embedding(image)  # b x y z c
-        placed = tokens.flatten(1, 3) + self.positions(tuple(tokens.shape[1:4]))  # b n c
-        return F.dropout(placed, self.dropout, self.training)
+        placed = tokens.flatten(1, 3) + self.positions(tuple(tokens.shape[1:4]))
+        return F.dropout(placed, self.size.dropout, self.training)  # b n c
 
     def encode(self, tokens: Tensor) -> list[Tensor]:
         """Embedded tokens (b, n, width) -> tokens after each tapped block, then after the last, normed.

@@ -3,10 +3,8 @@
 The network of MONAI's tutorial on self-supervised pre-training (`ViTAutoEnc`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,32 +42,13 @@ class ViTAutoencoder(nn.Module):
 
 @takes(ViTSize)
 def vit_autoencoder(
-    in_channels: int,
-    image_size: tuple[int, int, int] = (96, 96, 96),
-    *,
-    patch_embedding: Literal["conv", "perceptron"] = "conv",
-    dropout: float = 0.0,
-    checkpointing: bool = False,
-    **size: Any,
+    in_channels: int, image_size: tuple[int, int, int] = (96, 96, 96), **size: Any
 ) -> ViTAutoencoder:
     """As it stands ViT-B/16, and two transposed convolutions: (b, in_channels, x, y, z) -> the same.
 
-    Args:
-        image_size: position embeddings are learned on its grid of patches; give what fine-tuning will use.
-        patch_embedding: how the embedding begins, see `PatchEmbedding`.
-        dropout: in the transformer.
-        checkpointing: compute activations twice instead of keeping them.
-        size: the transformer's own options, see `ViTSize`; `unetr` of the same size is fine-tuned from it.
+    * image_size: position embeddings are learned on its grid of patches; give what fine-tuning will use.
+    * size: the transformer's own options, see `ViTSize`; `unetr` of the same size is fine-tuned from it.
 
-    Raises:
-        UserError: an option has a value that the network cannot have.
+    Raises UserError: an option has a value that the network cannot have.
     """
-    encoder = ViT(
-        in_channels,
-        image_size,
-        ViTSize(**size),
-        patch_embedding=patch_embedding,
-        dropout=dropout,
-        checkpointing=checkpointing,
-    )
-    return ViTAutoencoder(encoder, in_channels)
+    return ViTAutoencoder(ViT(in_channels, image_size, ViTSize(**size)), in_channels)

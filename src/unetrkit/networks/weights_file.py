@@ -1,7 +1,5 @@
 """A file of weights, whoever wrote it, opened without running anything that is in it."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings
@@ -157,8 +155,7 @@ def _torchscript(archive: zipfile.ZipFile, file: IO[bytes], path: Path, trust: b
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that torch.jit is deprecated
-                    content: dict[str, Tensor] = torch.jit.load(file, map_location="cpu").state_dict()
-                    return content
+                    return torch.jit.load(file, map_location="cpu").state_dict()
             except RuntimeError as second:
                 raise UserError(f"`{path}` is damaged: {_line(second)}", hint=AGAIN) from second
         message = f"`{path}` is a TorchScript archive whose weights cannot be read without running its code"
@@ -180,13 +177,10 @@ def _loaded(file: IO[bytes], path: Path) -> object:
         if "DefaultCPUAllocator" in text:
             raise _too_large(path) from error
         if name := re.search(r"(?:GLOBAL|class|function|module) <?(?:function |class )?'?([\w.]+)", text):
-            hint = (
-                "where it was made, save `model.state_dict()` instead; or get the weights from another place"
-            )
-            message = (
-                f"`{path}` holds `{name[1]}` beside tensors and numbers, and reading that could run code"
-            )
-            raise UserError(message, hint=hint) from error
+            found = f"`{path}` holds `{name[1]}` beside tensors and numbers"
+            instead = "where it was made, save `model.state_dict()` instead"
+            hint = f"{instead}; or get the weights from another place"
+            raise UserError(f"{found}, and reading that could run code", hint=hint) from error
         raise UserError(f"`{path}` is damaged or cut off: {_line(error)}", hint=AGAIN) from error
 
 
@@ -211,17 +205,13 @@ def _weights(content: object, path: Path, kind: str) -> Weights:
         hint = "expected a state dict: what `model.state_dict()` returns"
         raise UserError(f"`{path}` has no weights by name: it holds {found}", hint=hint)
     for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not tensor.is_quantized
         # a stride of 0 makes a tensor of any size from one number
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > _stored(tensor):
-            message = (
-                f"`{name}` in `{path}` is {tuple(tensor.shape)}, but its values are not stored one by one"
-            )
+        if not dense or not (tensor.is_meta or tensor.nbytes <= tensor.untyped_storage().nbytes()):
+            found = f"`{name}` in `{path}` is {tuple(tensor.shape)}"
+            message = f"{found}, but its values are not stored one by one"
             raise UserError(message, hint="save it with `.contiguous()`, dense and not quantised")
     return Weights(path, kind, tensors, tuple(beside))
-
-
-def _stored(tensor: Tensor) -> int:
-    return tensor.nbytes if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
 def _line(error: BaseException) -> str:

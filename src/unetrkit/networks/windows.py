@@ -1,7 +1,5 @@
 """Windows over a grid of tokens as index tables, and attention within them without keeping scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,10 +113,9 @@ def _windows(grid: Size, window: int, shifted: bool, device: torch.device) -> Wi
             place[token] = index
     padding = [index for index, token in enumerate(key) if token == total]
     size = (min(grid[0], window), min(grid[1], window), min(grid[2], window))
-    tables = (
-        torch.tensor(table, dtype=torch.long, device=device) for table in (query, answer, key, place, padding)
-    )
-    return Windows(size, tuple(groups), *tables)
+    tables = (query, answer, key, place, padding)
+    on_device = (torch.tensor(table, dtype=torch.long, device=device) for table in tables)
+    return Windows(size, tuple(groups), *on_device)
 
 
 class _Slab(NamedTuple):
@@ -185,15 +182,13 @@ def attend(qkv: Tensor, padding: Tensor, bias: Tensor, layout: Windows) -> Tenso
         scores = bias if m == n else bias.index_select(1, group.rows)
         scores = scores if group.mask is None else scores + group.mask  # h m n
         answers.append(_attention(own, k, v, scores).transpose(1, 2).reshape(b, -1, h, d))
-    result: Tensor = _Take.apply(torch.cat(answers, dim=1), layout.answer, layout.query, None)
-    return result
+    return _Take.apply(torch.cat(answers, dim=1), layout.answer, layout.query, None)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d) + bias) v for q (w, h, m, d), k and v (w, h, n, d), bias (h, m, n)."""
     if q.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        x: Tensor = _CpuAttention.apply(q, k, v, bias)
-        return x
+        return _CpuAttention.apply(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import unetrkit
 from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.data.copies import MARK, sending
 from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.errors import UserError
 from unetrkit.ranks import this_rank
@@ -68,9 +69,13 @@ def carry_out(job: Job) -> State:
     with ExitStack() as stack:
 
         def begin() -> None:
+            if this_rank().world > 1 and job.loop.sharding == "full" and (out.parent / MARK).exists():
+                message = "`loop.sharding=full` writes checkpoints of many files, which are not sent to URLs"
+                raise UserError(message, hint="name a folder that all ranks see as `out`")
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)
+            stack.enter_context(sending(out))
             for line in job.about:
                 say(line)
 

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from unetrkit.config import overridden, read_recipe
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import read_json, read_problems, read_start, sha256_file
+from unetrkit.data.remote import spelt
 from unetrkit.errors import UserError
 from unetrkit.inference.model import COPY, FILES, PRETRAINED
 from unetrkit.networks import build
@@ -79,6 +81,7 @@ def open_initial(path: Path, *, trust: bool = False, size: Size | None = None) -
     size: the size in voxels that position embeddings were trained at, where neither file nor count tells.
     Raises UserError for anything else, as `weights_file.read_weights` does.
     """
+    path = copy_of(path, "models")
     with read_problems(path):
         weights = _open(path, trust)
     try:
@@ -176,7 +179,7 @@ def inspect_weights(
         said.append(f"init_minimum={_allowing(audit)}")
         note = f"training wants {MINIMUM:.0%} of an encoder, unless `init_minimum` says less"
         audit = replace(audit, notes=(*audit.notes, note))
-    command = " ".join(["unetrkit train", name, f"init={shlex.quote(str(path))}", *said, "data=STORE"])
+    command = " ".join(["unetrkit train", name, f"init={shlex.quote(spelt(path))}", *said, "data=STORE"])
     return Inspection(initial, audit, command)
 
 

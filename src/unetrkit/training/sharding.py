@@ -4,8 +4,6 @@ Zhao et al. 2023, https://arxiv.org/abs/2304.11277. A unit is whole while it is 
 `ModuleList` (a block, a stage, a level of the decoder) is one, and what is left of the objective is the last.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
