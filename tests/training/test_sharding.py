@@ -26,6 +26,7 @@ from tests.training.tiny import objective
 from tests.training.volumes import SMALL, four_volumes
 from torch import Tensor
 
+from unetrkit.data.copies import MARK
 from unetrkit.inference.model import load_model
 from unetrkit.training import checkpoint
 from unetrkit.training.initial import open_initial
@@ -237,3 +238,11 @@ def test_a_network_is_trained_exported_and_taken_from_in_parts(store: Path, tmp_
     assert codes == [0, 0] and "writing it again" in said[0]
     again = load_model(tmp_path / "run" / "model").network.state_dict()
     assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_many_files_are_not_sent_to_a_url_and_that_is_said(store: Path, tmp_path: Path) -> None:
+    (tmp_path / MARK).touch()  # beside what is a copy
+    words = [*SMALL, f"data={store}", f"out={tmp_path / 'run'}", SHARDED]
+    codes, said = ranks(2, tmp_path / "log", trained, *words)
+    assert codes == [2, 2] and "which are not sent to URLs" in "".join(said)
+    assert not (tmp_path / "run").exists()
