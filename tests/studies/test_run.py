@@ -175,6 +175,8 @@ def test_more_seeds_add_cells_and_other_settings_are_refused(whole, store, pretr
         opened(store, whole.out, *more, "seeds=1", "optim.lr=2e-2")
     with pytest.raises(UserError, match="something that is not a study of augmentation"):
         opened(store, whole.out, name="augmentation")
+    with pytest.raises(UserError, match="not on an object store"):
+        opened(store, Path("s3://bucket/study"), name="augmentation")
     assert tables(whole) == before
 
 

@@ -36,7 +36,7 @@ FETCHED: dict[str, Callable[[list[str]], list[str]]] = {
 # sent in this order after all other files: each tells of some that stand before it
 LATE = {"model.json": 1, "case.json": 2, "plan.json": 3, "store.json": 4, "metrics.jsonl": 5, "last": 6}
 # an object store damages no file: the checkpoint before the last is not needed, and half of all that is sent
-UNSENT = {"last.new", "previous"}
+UNSENT = {"last.new", "previous", "previous.old"}
 
 
 def copy_of(path: Path, kind: str) -> Path:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from unetrkit.config import listed, load_recipe, overridden, read_recipe, settings_from
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.folds import first_cases, split_cases
-from unetrkit.data.remote import placed
+from unetrkit.data.remote import placed, url_of
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
 from unetrkit.networks import build
@@ -128,6 +128,9 @@ def read_settings(name: str, overrides: Sequence[str], recipe: str | None = None
 
 def design(name: str, settings: StudySettings) -> Study:
     """The study's cells. Raises UserError for what would stop one of them, before any has begun."""
+    if settings.out and url_of(settings.out):
+        hint = "name a folder of this machine, or one that all machines see"
+        raise UserError("a study's runs are not on an object store", hint=hint)
     store = Store.open(settings.data)
     training, validation = split_cases(store.cases, settings.fold)
     volumes = tuple(sorted(set(settings.volumes or [len(training)])))
