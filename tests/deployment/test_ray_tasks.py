@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -24,26 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # ray war
 CASES = 6
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two machines with one core each, and a head that only leads."""
-    pytest.importorskip("ray", reason="needs the `ray` extra")
-    from ray.cluster_utils import Cluster
-
-    os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parents[1])])
-    os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs here stops the test
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
-    yield made
-    import ray
-
-    ray.shutdown()
-    made.shutdown()
-
-
-def test_tasks_are_done_once_and_errors_keep_their_kind(cluster):
-    each = ray_each(cluster.address)
+def test_tasks_are_done_once_and_errors_keep_their_kind(machines):
+    each = ray_each(machines.address)
     assert dict(each(abs, range(-9, 0))) == {i: 9 - i for i in range(9)}
     with pytest.raises(UserError, match=r"case `b`: .*there is no file") as caught:
         list(each(read_json, [Path("/nowhere.json")], None, lambda _: "b"))
@@ -52,7 +33,7 @@ def test_tasks_are_done_once_and_errors_keep_their_kind(cluster):
         list(each(abs, ["x"]))
 
 
-def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_path, unetrkit):
+def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(machines, tmp_path, unetrkit):
     """A file for each time that a case is begun, and for each time that it was finished."""
     data = write_phantom(tmp_path / "data", training=CASES - 1, validation=1, coarseness=4)
     dataset = read_dataset(data)
@@ -62,8 +43,8 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
     log.mkdir()
     from ray_counting import counted
 
-    each = ray_each(cluster.address)
-    nodes = {node.node_id: node for node in cluster.worker_nodes}
+    each = ray_each(machines.address)
+    nodes = {node.node_id: node for node in machines.worker_nodes}
 
     def in_hand() -> list[str]:
         """The nodes that have begun a case and not finished it."""
@@ -75,7 +56,7 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
         while len(list(log.glob("finished *"))) < 2 or not in_hand():
             assert time.monotonic() < end
             time.sleep(0.02)
-        cluster.remove_node(nodes[in_hand()[-1]], allow_graceful=False)
+        machines.remove_node(nodes[in_hand()[-1]], allow_graceful=False)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -88,7 +69,7 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
         each=lambda function, *rest: each(partial(counted, function, log=log), *rest),
     )
     killer.join()
-    assert len(cluster.worker_nodes) == 1
+    assert len(machines.worker_nodes) == 1
     begun = [path.name.split()[-1] for path in log.glob("begun *")]
     # a process may outlive its node by a moment and write its case: the second time it is found there
     finished = [path.name.split()[-2] for path in log.glob("finished * True")]
@@ -99,7 +80,7 @@ def test_a_killed_machine_loses_nothing_and_nothing_is_done_twice(cluster, tmp_p
     assert all((whole / f).read_bytes() == (out / f).read_bytes() for f in files)
 
 
-def test_a_cluster_that_is_not_there(cluster):
+def test_a_cluster_that_is_not_there(machines):
     import ray
 
     ray.shutdown()

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from command import CommandLine
 from unetrkit.config import load_recipe
 from unetrkit.data.folds import split_cases
 from unetrkit.data.store import Store
+from unetrkit.deployment.slurm import stages
 from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
 from unetrkit.inference.predict import PredictSettings
+from unetrkit.studies import run
 from unetrkit.studies.cells import make, scores_of
 from unetrkit.studies.design import ARCHITECTURE, AUGMENTATION, Study, design, read_settings
 from unetrkit.studies.run import commands, open_study, run_study, unfinished
@@ -130,6 +134,38 @@ def test_a_cell_trained_by_its_own_command_is_the_study_s(whole, store, pretrain
     assert "Not finished yet: `random-n1-seed0`" in text
 
 
+def test_parts_that_run_at_once_make_the_study_s_tables(whole, store, pretrained, tmp_path, unetrkit):
+    out = tmp_path / whole.out.name
+    words = ["study", "label_efficiency", f"data={store}", f"out={out}", *SMALL, f"init={pretrained}"]
+    parts, [last] = stages([*words, "volumes=3,1", "seeds=1"], 2)
+    jobs = [
+        subprocess.Popen([sys.executable, "-m", "unetrkit", *part], stderr=subprocess.PIPE, text=True)
+        for part in parts
+    ]
+    said = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert [text.count("cell 2 of 2: ") for text in said] == [1, 1]
+    assert not (out / "table.md").exists()
+    done = unetrkit(*last)
+    assert done.code == 0 and "4 cells, 0 not finished" in done.err
+    assert {name: (out / name).read_bytes() for name in FILES} == tables(whole)
+
+
+def test_a_study_may_be_opened_while_another_opens_it(whole, store, pretrained, tmp_path, monkeypatch):
+    """At every moment: before and after each file that is written."""
+    words = (store, tmp_path / "study", f"init={pretrained}", "volumes=3,1", "seeds=1")
+    write = run.atomic_write
+
+    def meanwhile(path: Path, content: bytes) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(run, "atomic_write", write)
+            opened(*words)
+        write(path, content)
+
+    monkeypatch.setattr(run, "atomic_write", meanwhile)
+    assert len(unfinished(opened(*words))) == 4
+
+
 def test_more_seeds_add_cells_and_other_settings_are_refused(whole, store, pretrained):
     before = tables(whole)
     more = [f"init={pretrained}", "volumes=1,3"]
@@ -139,6 +175,8 @@ def test_more_seeds_add_cells_and_other_settings_are_refused(whole, store, pretr
         opened(store, whole.out, *more, "seeds=1", "optim.lr=2e-2")
     with pytest.raises(UserError, match="something that is not a study of augmentation"):
         opened(store, whole.out, name="augmentation")
+    with pytest.raises(UserError, match="not on an object store"):
+        opened(store, Path("s3://bucket/study"), name="augmentation")
     assert tables(whole) == before
 
 
@@ -202,6 +240,7 @@ def test_random_weights_get_the_network_of_the_given_ones(store, pretrained, tmp
         (["architecture", "network=unetr"], "`network` is not for", "the rows of the study"),
         (["augmentation", "loop.validate_every=1"], "`loop.validate_every` is not for", "at its end only"),
         (["augmentation", "data=dataset.json"], "there is no store in `dataset.json`", "unetrkit prepare"),
+        (["augmentation", "--part", "3/2"], "`3/2` is not a part", "write the third of 16 parts as 3/16"),
         (["augmentation", "--cell", "basline-n3-seed0"], "the study has no cell", "`baseline-n3-seed0`"),
     ],
 )

@@ -21,12 +21,14 @@ from unetrkit.errors import ExitCode, Interrupted, UserError
 from unetrkit.networks import build
 from unetrkit.pretraining.run import PretrainSettings, pretrain
 from unetrkit.ranks import this_rank
+from unetrkit.training import checkpoint
 from unetrkit.training.distributed import anywhere, from_all, means, together
-from unetrkit.training.learner import build_learner, take_step
+from unetrkit.training.learner import Learner, build_learner, take_step
 from unetrkit.training.loop import LoopSettings, fit
 from unetrkit.training.optim import OptimSettings
 from unetrkit.training.run import Patches, TrainSettings, train
 from unetrkit.training.segmentation import Segmentation
+from unetrkit.training.sharding import save_last, whole
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "unetrkit.pretraining.run", "tests.training.several"])
@@ -136,26 +138,72 @@ def pretrained(*words: str) -> None:
     pretrain(apply_overrides(PretrainSettings, words))
 
 
-def first_gradient(store: Path, file: Path, batch: int) -> None:
+def first_gradient(store: Path, file: Path, batch: int, *more: str) -> None:
     """Leaves the gradient of the first step, on so many patches on each rank, in float64, as `file`-RANK."""
     words = [f"data={store}", "network=swin_unetr_tiny", "loop.device=cpu", "loop.amp=off", "loop.workers=0"]
-    settings = apply_overrides(TrainSettings, [*words, f"sampling.batch_size={batch}"])
+    settings = apply_overrides(TrainSettings, [*words, f"sampling.batch_size={batch}", *more])
     names = tuple(case.name for case in Store.open(store).cases)
-    torch.manual_seed(this_rank().rank)  # DDP begins all with the weights of rank 0
+    sharded = settings.loop.sharding == "full"
+    torch.manual_seed(0 if sharded else this_rank().rank)  # DDP begins all with the weights of rank 0
     network = build("swin_unetr_tiny", 1, 3, (32, 32, 32), {})
     with together(torch.device("cpu")):
-        whole = Segmentation(network, settings.loss).double()
-        learner = build_learner(whole, settings.loop, settings.optim)
+        double = Segmentation(network, settings.loss).double()
+        learner = build_learner(double, settings.loop, settings.optim)
         patches = Patches(store, names, settings)(0, 1)
         stream = ({"image": one["image"].double(), "label": one["label"]} for one in patches)
         take_step(learner, stream, 0, 1e-4, settings.loop)
-        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        gradients = (whole(p.grad) for p in learner.objective.parameters() if p.grad is not None)
+        gradient = torch.cat([one.flatten() for one in gradients])
         torch.save(gradient, file.with_name(f"{file.name}-{this_rank().rank}"))
+
+
+def saved_again(folder: Path, other: Path, settings: LoopSettings) -> None:
+    """Takes over the last checkpoint of `folder` and writes it into `other`, as these ranks would."""
+    with together(torch.device("cpu")):
+        learner = build_learner(objective(), settings, OPTIM)
+        learner.load_state_dict(checkpoint.load(folder / "last"))
+        if learner.unsharded:
+            save_last(other, {"learner": learner.state_dict()})
+        elif this_rank().first:
+            checkpoint.save_last(other, {"learner": learner.state_dict()})
+
+
+class Squares(nn.Module):
+    """The mean square of all that a network says, as an objective."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = self.network(batch["image"])
+        parts = found.values() if isinstance(found, dict) else [found]
+        return {"loss": torch.stack([part.square().mean() for part in parts]).sum()}
+
+
+def step_of_each_network(file: Path) -> None:
+    """Leaves what a step of each network says, without parts and in parts, as `file`-RANK."""
+    from tests.networks.test_proofs import distinct, image, small
+
+    def learnt(name: str, settings: LoopSettings) -> tuple[Learner, dict[str, float]]:
+        learner = build_learner(Squares(small(name)), settings, OPTIM)
+        return learner, take_step(learner, iter([{"image": image()}]), 0, 1e-3, settings)
+
+    settings = LoopSettings(device="cpu", amp="off", sharding="full")  # of no effect in one process
+    alone = {name: learnt(name, settings)[1] for name in distinct()}
+    found: dict[str, tuple[dict[str, float], dict[str, float], float]] = {}
+    with together(torch.device("cpu")):
+        for name in distinct():
+            learner, values = learnt(name, settings)
+            local = sum(p.to_local().numel() for p in learner.objective.parameters())  # type: ignore[attr-defined]
+            share = local / sum(p.numel() for p in learner.objective.parameters())
+            found[name] = (alone[name], values, share)
+    torch.save(found, f"{file}-{this_rank().rank}")
 
 
 def mean_and_any(file: Path) -> None:
     """Leaves what the ranks make of numbers and flags that differ between them, as `file`-RANK."""
     cpu, rank = torch.device("cpu"), this_rank().rank
     with together(cpu):
-        flags = [anywhere(flag, cpu) for flag in (False, rank == 1)]
+        flags = anywhere(False, rank == 1, device=cpu)
         torch.save([*means(torch.tensor([3.0 * rank, 5.0])).tolist(), *flags], f"{file}-{rank}")

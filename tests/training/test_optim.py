@@ -74,11 +74,11 @@ def test_one_step_of_each_optimizer_is_torch_s_own(name: str) -> None:
         return weight.weight.detach()
 
     plain = {
-        "adamw": lambda m: torch.optim.AdamW(m.parameters(), 1e-2, weight_decay=0.1),
-        "adam": lambda m: torch.optim.Adam(m.parameters(), 1e-2, weight_decay=0.1),
+        "adamw": lambda m: torch.optim.AdamW(m.parameters(), 1e-2, (0.8, 0.9), weight_decay=0.1),
+        "adam": lambda m: torch.optim.Adam(m.parameters(), 1e-2, (0.8, 0.9), weight_decay=0.1),
         "sgd": lambda m: torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
     }[name]
-    settings = OptimSettings(name=name, lr=1e-2, weight_decay=0.1, momentum=0.9)
+    settings = OptimSettings(name=name, lr=1e-2, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9))
     torch.testing.assert_close(descend(lambda m: build_optimizer(m, settings)), descend(plain))
 
 

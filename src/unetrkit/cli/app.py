@@ -75,7 +75,9 @@ def each_on(address: str | None, *, gpu: bool = False) -> Each:
 
 def quoted(path: Path) -> str:
     """A path as a shell takes it."""
-    return shlex.quote(str(path))
+    from unetrkit.data.remote import spelt
+
+    return shlex.quote(spelt(path))
 
 
 def outside(allowed: bool) -> str:

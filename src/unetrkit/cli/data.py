@@ -65,14 +65,20 @@ def prepare(
 
     Example: unetrkit prepare dataset.json store patch_size=96,96,96
     """
+    from unetrkit.data.copies import copy_of, send
     from unetrkit.data.datalist import cases_to_learn_from, read_dataset
     from unetrkit.data.fingerprint import make_plan
     from unetrkit.data.parts import Part
     from unetrkit.data.plan import apply_published, override_plan, read_plan
     from unetrkit.data.prepare import prepare as prepare_store
     from unetrkit.data.prepare import prepare_part, prepare_plan
+    from unetrkit.data.remote import spelt, url_of
     from unetrkit.progress import progress
 
+    if url_of(out) and (part or on):
+        hint = "prepare in one, and copy it with the object store's own tool"
+        raise UserError("several machines need a folder that all of them see", hint=hint)
+    place, out = out, copy_of(out, "prepared")
     dataset = read_dataset(data, allow_outside=allow_outside, unlabelled=unlabelled)
     if part not in (None, "plan", "index"):
         with progress("preparing") as report_progress:
@@ -94,6 +100,7 @@ def prepare(
         return
     with progress("preparing") as report_progress:
         summary = prepare_store(dataset, chosen, out, workers=workers, progress=report_progress, each=each)
-    say(f"{summary}; the plan is {out / 'plan.json'}")
+    send(out)
+    say(f"{summary}; the plan is {spelt(place / 'plan.json')}")
     what = "train swin_unetr_tiny" if cases_to_learn_from(dataset)[0].label else "pretrain swin_heads"
-    say(f"next: unetrkit {what} data={quoted(out)} out=RUN")
+    say(f"next: unetrkit {what} data={quoted(place)} out=RUN")

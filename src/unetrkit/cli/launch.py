@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from unetrkit.cli.app import app, quoted, say
-from unetrkit.errors import ExitCode, Interrupted, UserError
+from unetrkit.errors import ExitCode, Interrupted, UserError, many
 
 launch = typer.Typer(
     name="launch",
@@ -48,8 +49,6 @@ def local(
 
     Example: unetrkit launch local --processes 4 -- train swin_unetr_base data=store out=run
     """
-    import shlex
-
     from unetrkit.deployment.torchrun import run, torchrun
 
     command = torchrun(_command(words), processes, restarts=restarts)
@@ -76,7 +75,7 @@ def slurm(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other option: --sbatch mem=200G")
     ] = None,
     array: Annotated[
-        int | None, typer.Option(min=2, help="Of prepare and predict: cut the cases into so many jobs.")
+        int | None, typer.Option(min=2, help="Of prepare, predict, study: cut the work into so many jobs.")
     ] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs; all nodes must see it.")] = Path("slurm"),
     dry_run: DryRun = False,
@@ -106,6 +105,33 @@ def slurm(
     jobs = submit(_command(words), settings, logs, array)
     print("\n".join(job.job_id for job in jobs))
     say(f"next: squeue --me; the logs are {quoted(logs)}/JOB_0_log.out")
+
+
+@launch.command()
+def ray(
+    words: Words,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:6379; else RAY_ADDRESS, or the cluster of this machine.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train as one.")] = 1,
+    gpus_per_worker: Annotated[int, typer.Option(min=0, max=1)] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="Go on so often when a worker was lost.")] = 3,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on a Ray cluster, by Ray Train; needs the `ray` extra.
+
+    After a lost worker all go on from the last checkpoint. All machines must see the same paths.
+
+    Example: unetrkit launch ray --workers 4 -- train swin_unetr_base data=store out=run
+    """
+    from unetrkit.deployment.ray_training import run, trainer
+
+    prepared = trainer(words, workers, gpu=gpus_per_worker > 0, restarts=restarts)
+    if dry_run:
+        own = "GPU" if gpus_per_worker else "core"
+        print(f"{many(workers, 'worker')}, a {own} for each: unetrkit {shlex.join(words)}")
+    else:
+        run(prepared, address)
 
 
 @launch.command()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedWriter
@@ -49,6 +50,21 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put_in_place(new: Path, path: Path, aside: Path) -> None:
+    """Renames a file or a folder; what was at `path` is whole there, or `aside`, until `new` is there."""
+    if path.exists():
+        remove(aside)
+        os.rename(path, aside)
+    os.rename(new, path)
+    sync_folder(path.parent)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or nothing where there is none."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

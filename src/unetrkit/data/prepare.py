@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from unetrkit.data.datalist import Case, Dataset, cases_to_learn_from
-from unetrkit.data.files import alone, atomic_write, sha256_file, write_problems
+from unetrkit.data.files import alone, atomic_write, remove, sha256_file, write_problems
 from unetrkit.data.geometry import off_grid, reorient
 from unetrkit.data.parts import Part
 from unetrkit.data.plan import Plan, plan_bytes, read_plan
@@ -133,7 +132,16 @@ def prepare_case(case: Case, plan: Plan, out: Path) -> bool:
     # one value takes no space and lets everything that reads cases read these
     indices = np.zeros(grid.size, np.uint8) if label is None else preprocess_label(label, grid, plan)
     classes = max(len(plan.classes), 1)
-    write_case(folder, array, indices, grid, classes=classes, source=source, preprocessing=preprocessing)
+    write_case(
+        folder,
+        array,
+        indices,
+        grid,
+        classes=classes,
+        source=source,
+        preprocessing=preprocessing,
+        truth=label,
+    )
     return True
 
 
@@ -188,7 +196,7 @@ def _begin_plan(out: Path, plan: Plan) -> None:
     content, file = plan_bytes(plan), out / "plan.json"
     with write_problems(out):
         for left in [*out.glob(".*.tmp"), *(out / "cases").glob(".*.tmp")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
         if not file.is_file() or file.read_bytes() != content:
             # the index is of the plan that was: from here on and until the end the store is not finished
             (out / "store.json").unlink(missing_ok=True)

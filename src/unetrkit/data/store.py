@@ -2,8 +2,8 @@
 
 STORE/plan.json                 the plan that the cases were prepared with
 STORE/store.json                the index; written last: without it the store is not finished
-STORE/cases/NAME/case.json      grid, shape, counts, and how the three arrays lie in their files
-STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres
+STORE/cases/NAME/case.json      grid, shape, counts, and how the arrays lie in their files
+STORE/cases/NAME/*.chunks       image (c, x, y, z) float16, label (x, y, z) class indices, centres, truth
 """
 
 import hashlib
@@ -20,14 +20,16 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from unetrkit.data.chunks import AGAIN, LABEL_CHUNK, ChunkedArray, Damaged, Layout, Triple, write_chunks
+from unetrkit.data.copies import bring, copy_of
 from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
 from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Plan, plan_hash, read_plan
+from unetrkit.data.remote import spelt
 from unetrkit.errors import UserError
 
 FORMAT = 3  # another number and every case is prepared again
 CENTRES = 20_000  # voxels kept for each class of a case
-ARRAYS = ("image", "label", "centres")
+ARRAYS = ("image", "label", "centres", "truth")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class StoredCase:
 
     @cached_property
     def arrays(self) -> dict[str, ChunkedArray]:
+        bring(self.path.parents[1], (self.path / f"{name}.chunks" for name in self.record.layouts))
         return self.record.arrays(self.path)
 
     def image(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -135,15 +138,16 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> Self:
         """Raises UserError for a store that is missing, unfinished, damaged, or whose plan was changed."""
+        where, path = spelt(path), copy_of(path, "stores")
         if not (path / "store.json").is_file():
             if (path / "plan.json").is_file():
                 hint = "run `unetrkit prepare` again: it goes on where it was"
-                raise UserError(f"the store in `{path}` is not finished", hint=hint)
-            raise UserError(f"there is no store in `{path}`", hint="run `unetrkit prepare` first")
+                raise UserError(f"the store in `{where}` is not finished", hint=hint)
+            raise UserError(f"there is no store in `{where}`", hint="run `unetrkit prepare` first")
         index = unseal(path / "store.json")
         plan = read_plan(path / "plan.json")
         if sha256_file(path / "plan.json") != index["plan"]:
-            message = f"the store in `{path}` was prepared with another plan than its `plan.json` is now"
+            message = f"the store in `{where}` was prepared with another plan than its `plan.json` is now"
             hint = "give a changed plan to `unetrkit prepare --plan`; what it changes is redone"
             raise UserError(message, hint=hint)
         preprocessing = preprocessing_hash(plan)
@@ -188,8 +192,11 @@ def write_case(
     classes: int,
     source: str,
     preprocessing: str,
+    truth: np.ndarray | None = None,
 ) -> None:
     """Writes one case: image (c, x, y, z), label (x, y, z) of class indices. It is there whole or not at all.
+
+    truth: the label ids (1, x, y, z) on the case's own grid: another machine does not have their file.
 
     Raises UserError where the image is not finite as float16 or the disk is full.
     """
@@ -210,6 +217,9 @@ def write_case(
             "label": write_chunks(temporary / "label.chunks", label[None], LABEL_CHUNK),
             "centres": write_chunks(temporary / "centres.chunks", rows, (CENTRES, 3, 1)),
         }
+        if truth is not None:
+            ids = truth.astype(np.min_scalar_type(truth.max())) if truth.min() >= 0 else truth
+            layouts["truth"] = write_chunks(temporary / "truth.chunks", ids, LABEL_CHUNK)
         record = CaseRecord(source, preprocessing, grid, counts, kept, layouts)
         atomic_write(temporary / "case.json", seal({"format": FORMAT} | asdict(record)))
         with write_problems(folder):

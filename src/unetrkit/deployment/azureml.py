@@ -12,6 +12,7 @@ from unetrkit.config import Settings
 from unetrkit.errors import MissingExtra, UserError
 
 IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-cuda11.8-cudnn8-ubuntu22.04"
+VAULT_PACKAGES = ("azure-identity", "azure-keyvault-secrets")
 
 
 class AzureSettings(Settings):
@@ -55,12 +56,8 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
         raise UserError("the pipeline trains, and sets `data` and `out` itself", hint=hint)
     if (settings.fetch is None) == (settings.data is None):
         raise UserError("one of `fetch` and `data` says where the scans are", hint="leave out the other")
-    conda = {
-        "name": "unetrkit",
-        "dependencies": [f"python={settings.python}", "pip", {"pip": list(settings.packages)}],
-    }
-    if settings.key_vault:
-        conda["dependencies"][2]["pip"] += ["azure-identity", "azure-keyvault-secrets"]  # type: ignore[index]
+    packages = [*settings.packages, *(VAULT_PACKAGES if settings.key_vault else ())]
+    conda = {"name": "unetrkit", "dependencies": [f"python={settings.python}", "pip", {"pip": packages}]}
     environment = ml.entities.Environment(name="unetrkit", image=settings.image, conda_file=conda)
     root = f"azureml://datastores/{settings.datastore}/paths/{settings.folder}"
 

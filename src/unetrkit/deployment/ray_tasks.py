@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,15 +17,9 @@ RETRIES = 8  # of one case: machines are lost more often than a case kills its p
 def ray_each(address: str | None, *, gpu: bool = False) -> Each:
     """A twin of `data.processes.for_each` whose workers are those of a Ray cluster.
 
-    address: `HOST:6379`, `ray://HOST:10001`; None is the cluster that RAY_ADDRESS names or that runs on this
-    machine, else a new one of this machine alone. gpu: a task has a GPU to itself, if the cluster has any.
-    Raises UserError where there is no such cluster. Whoever reaches a Ray cluster can run programs on it: it
-    belongs into a closed network.
+    address, and what is raised: see `connect`. gpu: a task has a GPU to itself, if the cluster has any.
     """
-    ray = require_ray()
-    if address is not None:
-        _require_answer(address)
-    ray.init(address, ignore_reinit_error=True)
+    ray = connect(address)
     gpus = 1 if gpu and ray.cluster_resources().get("GPU") else 0
 
     def each(
@@ -40,7 +35,8 @@ def ray_each(address: str | None, *, gpu: bool = False) -> Each:
         running: dict[Any, tuple[int, Item]] = {}
         try:
             while True:
-                while len(running) < 2 * _places(ray) and (entry := next(waiting, None)):
+                places = 2 * ray.cluster_resources().get("CPU", 1)
+                while len(running) < places and (entry := next(waiting, None)):
                     running[task.remote(shared, entry[1])] = entry
                 if not running:
                     return
@@ -62,12 +58,21 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def require_ray() -> Any:
-    """The module. Raises UserError without it."""
+def connect(address: str | None) -> Any:
+    """The module `ray`, in touch with a cluster.
+
+    address: `HOST:6379`, `ray://HOST:10001`; None is the cluster that RAY_ADDRESS names or that runs on this
+    machine, else a new one of this machine alone. Raises UserError without ray, and where there is no such
+    cluster. Whoever reaches a Ray cluster can run programs on it: it belongs into a closed network.
+    """
     try:
         import ray
     except ImportError as error:
         raise MissingExtra("work on a Ray cluster", "ray") from error
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address not in (None, "auto", "local"):
+        _require_answer(address)
+    ray.init(address, ignore_reinit_error=True)
     return ray
 
 
@@ -79,10 +84,6 @@ def _require_answer(address: str) -> None:
     except (OSError, ValueError) as error:
         hint = "`ray start --head` prints the address; without one this machine's own cores are used"
         raise UserError(f"no Ray cluster answers at `{address}`: {error}", hint=hint) from error
-
-
-def _places(ray: Any) -> int:
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _get(ray: Any, reference: Any) -> Any:

@@ -19,8 +19,8 @@ from unetrkit.errors import MissingExtra, UserError
 
 # the signal that submitit has Slurm send is SIGUSR2, unless its user chose another
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# what a command that works on a list of cases is cut into: (jobs before, has parts, job after)
-STAGES = {"prepare": ("plan", "index"), "predict": ("", "")}
+# the jobs before and after the array of a command that can be cut into parts
+STAGES = {"prepare": ("plan", "index"), "predict": ("", ""), "study": ("", "table")}
 # what works in several processes at once
 DISTRIBUTED = ("train", "pretrain")
 
@@ -100,15 +100,7 @@ def submit(
             hint = "submit on a login node of the cluster; --dry-run shows the scripts anywhere"
             raise UserError(f"there is no Slurm here: {error}", hint=hint) from error
         after = jobs[-1].job_id.partition("_")[0] if jobs else None
-        executor.update_parameters(
-            name=_name(words),
-            nodes=settings.nodes,
-            tasks_per_node=1,
-            cpus_per_task=settings.cpus_per_task,
-            gpus_per_node=settings.gpus_per_node,
-            timeout_min=settings.minutes,
-            **{f"slurm_{name}": value for name, value in _of_slurm(settings, after).items()},
-        )
+        executor.update_parameters(**_asked(words, settings, after))
         work = [Job(one, _processes(one, settings), settings.grace_seconds) for one in stage]
         jobs += executor.submit_array(work) if len(work) > 1 else [executor.submit(work[0])]
     return jobs
@@ -124,16 +116,10 @@ def scripts(words: Sequence[str], settings: SlurmSettings, folder: Path, array: 
         )
     texts, after = [], None
     for stage in stages(words, array):
-        parameters = {
-            "job_name": _name(words),
-            "nodes": settings.nodes,
-            "ntasks_per_node": 1,
-            "cpus_per_task": settings.cpus_per_task,
-            "gpus_per_node": settings.gpus_per_node,
-            "time": settings.minutes,
-            "map_count": len(stage) if len(stage) > 1 else None,
-            **_of_slurm(settings, after),
-        }
+        names = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node"}
+        asked = _asked(words, settings, after).items()
+        parameters = {names.get(name, name.removeprefix("slurm_")): value for name, value in asked}
+        parameters["map_count"] = len(stage) if len(stage) > 1 else None
         nodes = Nodes(settings.nodes, 0, "FIRST_NODE:PORT")
         commands = [shlex.join(torchrun(one, _processes(one, settings), nodes)) for one in stage]
         runs = f"python -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
@@ -161,25 +147,26 @@ def stages(words: Sequence[str], array: int | None) -> list[list[list[str]]]:
     return [[[*words, "--part", one] for one in stage] for stage in ([before], parts, [after]) if any(stage)]
 
 
-def _of_slurm(settings: SlurmSettings, after: str | None) -> dict[str, Any]:
-    """What only Slurm knows. A job begins when the one before has ended, even badly: it does what is left."""
-    dependency = f"afterany:{after}" if after else None
+def _asked(words: Sequence[str], settings: SlurmSettings, after: str | None) -> dict[str, Any]:
+    """For submitit. A job begins when the one before has ended, even badly: it does what is left."""
     found = {
-        "partition": settings.partition,
-        "account": settings.account,
-        "dependency": dependency,
-        "signal_delay_s": settings.grace_seconds,
-        "additional_parameters": {"requeue": True, **settings.sbatch},
+        "name": f"unetrkit-{words[0]}",
+        "nodes": settings.nodes,
+        "tasks_per_node": 1,
+        "cpus_per_task": settings.cpus_per_task,
+        "gpus_per_node": settings.gpus_per_node,
+        "timeout_min": settings.minutes,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_dependency": f"afterany:{after}" if after else None,
+        "slurm_signal_delay_s": settings.grace_seconds,
+        "slurm_additional_parameters": {"requeue": True, **settings.sbatch},
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _processes(words: Sequence[str], settings: SlurmSettings) -> int:
     return max(1, settings.gpus_per_node) if words[0] in DISTRIBUTED else 1
-
-
-def _name(words: Sequence[str]) -> str:
-    return f"unetrkit-{words[0]}"
 
 
 def _submitit() -> Any:

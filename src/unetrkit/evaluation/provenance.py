@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import read_json, read_problems, sha256_file
 from unetrkit.data.plan import Plan, parse_plan, plan_hash
 from unetrkit.errors import UserError
@@ -55,6 +56,7 @@ class Provenance:
 
 def read_run(path: Path) -> RunRecord:
     """What is there of a run folder (model/, config.yaml, metrics.jsonl) or of a model folder."""
+    path = copy_of(path, "reports")
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "model.json").is_file() and not (path / "metrics.jsonl").is_file():
         message = f"`{path}` is neither a run nor a model: it has no `model.json` and no `metrics.jsonl`"

@@ -5,7 +5,6 @@ Together they are enough to predict; nothing in them is ever executed or unpickl
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unetrkit.data.files import atomic_write, read_json, sha256_file, sync_folder, write_problems
+from unetrkit.data.copies import copy_of
+from unetrkit.data.files import atomic_write, put_in_place, read_json, sha256_file, write_problems
 from unetrkit.data.plan import Plan, Settings
 from unetrkit.errors import UserError
 from unetrkit.networks.scaled import seen_as
@@ -123,7 +123,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], describe: Callable
         seal = hashlib.sha256(_bytes(description)).hexdigest()
         atomic_write(temporary / FILES[0], _bytes(description.model_copy(update={"seal": seal})))
         with write_problems(folder):
-            _put_in_place(temporary, folder)
+            put_in_place(temporary, folder, _previous(folder))  # where `_folder` looks next
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -136,7 +136,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
     """
     from unetrkit.networks import build
 
-    folder = _folder(path)
+    folder = _folder(copy_of(path, "models"))
     description = _description(folder / FILES[0])
     weights = folder / FILES[1]
     if not weights.exists():
@@ -161,17 +161,6 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> Model:
 
 def _bytes(description: Sealed) -> bytes:
     return (description.model_dump_json(indent=1) + "\n").encode()
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Renames: at any moment there is a complete model at `folder`, or where `_folder` looks next."""
-    previous = _previous(folder)
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(folder, previous)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _previous(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from unetrkit.data.geometry import Grid
 from unetrkit.data.plan import Extent, Plan, Settings
 from unetrkit.data.preprocess import preprocess
 from unetrkit.data.processes import Each
+from unetrkit.data.remote import url_of
 from unetrkit.data.volume import Volume, read_image, write_label
 from unetrkit.errors import UserError, many
 from unetrkit.inference.cases import Choice, choose_cases, doubts_about, require_free, require_one_plan
@@ -114,7 +115,7 @@ def predict(
     cases = choose_cases(inputs, choice, loaded)
     record = Record(out, shared=choice.part is not None)
     weights = [
-        {"path": str(path.absolute()), "sha256": model.description["sha256"]}
+        {"path": url_of(path) or str(path.absolute()), "sha256": model.description["sha256"]}
         for path, model in zip(models, loaded, strict=True)
     ]
     made = {"models": weights, "settings": settings.model_dump(mode="json")}

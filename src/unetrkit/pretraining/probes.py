@@ -44,7 +44,7 @@ class Probe:
 
         def drawn(names: Sequence[str]) -> tuple[Batch, ...]:
             plain, steps = AugmentSettings(set="none"), range(patches)
-            return tuple(batches(store, names, sampling, plain, seed=SEED, steps=steps, workers=0))
+            return tuple(batches(opened.path, names, sampling, plain, seed=SEED, steps=steps, workers=0))
 
         sides = split_cases(opened.cases, None)
         training, validation = (tuple(case.name for case in cases) for cases in sides)

@@ -10,8 +10,10 @@ from pydantic import BeforeValidator, Field, JsonValue
 from torch import nn
 
 from unetrkit.config import Settings, listed, settings_from
+from unetrkit.data.copies import copy_of, send
 from unetrkit.data.crops import Crops, CropSettings, Source, crop_batches
 from unetrkit.data.folds import split_cases
+from unetrkit.data.remote import Place, placed, spelt
 from unetrkit.data.store import Store
 from unetrkit.errors import UserError, nearest
 from unetrkit.pretraining import OBJECTIVES
@@ -29,7 +31,7 @@ from unetrkit.training.optim import OptimSettings
 
 VALIDATION_SEED = 2023  # of the crops that are validated on, whatever the run's own
 # on the command line names are no list
-Stores = Annotated[tuple[Path, ...], BeforeValidator(listed), Field(min_length=1)]
+Stores = Annotated[tuple[Place, ...], BeforeValidator(listed), Field(min_length=1)]
 
 
 class PretrainSettings(Settings):
@@ -40,7 +42,7 @@ class PretrainSettings(Settings):
     # how often each of them is drawn from, in proportion; null: every scan as often as every other
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     # the run's folder; null: runs/OBJECTIVE-STORE
-    out: Path | None = None
+    out: Place | None = None
     objective: str
     # what is the objective's own: its corruptions and losses
     objective_options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -86,6 +88,7 @@ def pretrain(settings: PretrainSettings) -> State:
     assert isinstance(job.validate, Watch)
     if this_rank().first:
         say(f"look at {write_report(job.out, job.validate.untrained)}")
+        send(job.out)
     say(job.after)
     return state
 
@@ -98,8 +101,9 @@ def job_of(settings: PretrainSettings) -> Job:
         raise UserError(f"`{objective_name}` is not an objective of pre-training", hint=hint)
     chosen = OBJECTIVES[objective_name]
     stores = [Store.open(path) for path in settings.data]
-    out = settings.out or Path("runs") / f"{objective_name}-{settings.data[0].resolve().name}"
-    settings = _resolved(settings, out)
+    home = placed(settings.out or Path("runs") / f"{objective_name}-{placed(settings.data[0]).name}")
+    settings = _resolved(settings, home)
+    out, where = copy_of(home, "runs"), spelt(home)
     own = settings_from(chosen.settings, settings.objective_options, "objective_options")
     splits = [split_cases(store.cases, None) for store in stores]
     weights = _weights(settings)
@@ -158,19 +162,19 @@ def job_of(settings: PretrainSettings) -> Job:
         },
         about=(
             f"{objective_name}, {parameters / 1e6:.1f} M weights, on {len(seen)} scans, watched on "
-            f"{len(held)}, in {out}",
+            f"{len(held)}, in {where}",
             "before training: " + ", ".join(f"{name} {value:.3g}" for name, value in untrained.items()),
         ),
-        after=f"next: unetrkit train {tuned} init={out} data=LABELLED_STORE",
+        after=f"next: unetrkit train {tuned} init={where} data=LABELLED_STORE",
     )
 
 
 def _resolved(settings: PretrainSettings, out: Path) -> PretrainSettings:
     """With absolute paths: the run goes on from anywhere."""
-    probe = settings.watch.probe and settings.watch.probe.resolve()
+    probe = settings.watch.probe and placed(settings.watch.probe)
     watch = settings.watch.model_copy(update={"probe": probe})
-    data = tuple(path.resolve() for path in settings.data)
-    return settings.model_copy(update={"data": data, "out": out.resolve(), "watch": watch})
+    data = tuple(map(placed, settings.data))
+    return settings.model_copy(update={"data": data, "out": out, "watch": watch})
 
 
 def _weights(settings: PretrainSettings) -> Sequence[float | None]:

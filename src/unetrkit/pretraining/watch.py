@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unetrkit.config import Settings
+from unetrkit.data.remote import Place
 from unetrkit.data.sampling import generator_for
 from unetrkit.pretraining.features import Geometry, collapse, geometry, pooled
 from unetrkit.pretraining.pictures import write_picture
@@ -30,7 +31,7 @@ class WatchSettings(Settings):
     # how many of them are drawn into RUN/pictures
     pictures: Annotated[int, Field(ge=0, le=8)] = 4
     # a labelled store, for a linear segmentation probe on the frozen features; null: none
-    probe: Path | None = None
+    probe: Place | None = None
     # patches that the probe is fitted on, and as many that it is measured on
     probe_patches: Annotated[int, Field(ge=1, le=256)] = 24
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from unetrkit.config import load_recipe, overridden, read_recipe, settings_from
+from unetrkit.config import listed, load_recipe, overridden, read_recipe, settings_from
 from unetrkit.data.augment import AugmentSettings
 from unetrkit.data.folds import first_cases, split_cases
+from unetrkit.data.remote import placed, url_of
 from unetrkit.data.store import Store, StoredCase
 from unetrkit.errors import UserError, nearest
 from unetrkit.networks import build
@@ -22,23 +23,14 @@ from unetrkit.training.run import TrainSettings
 RANDOM = "random"  # the row that begins with random weights
 
 
-def _volumes(value: object) -> object:
-    """One number is a list of one."""
-    return tuple(value) if isinstance(value, list) else value if value is None else (value,)
-
-
-def _paths(value: object) -> object:
-    """`a,b` are two paths."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(parts) if isinstance(parts, list) else parts
-
-
 class StudySettings(TrainSettings):
     """Any setting of a training run, which all runs of the study share, and how many runs there are."""
 
     network: str = "swin_unetr_tiny"
     # train on the first so many cases; null: on all of them
-    volumes: Annotated[tuple[Count, ...] | None, BeforeValidator(_volumes)] = None
+    volumes: Annotated[
+        tuple[Count, ...] | None, BeforeValidator(lambda n: (n,) if isinstance(n, int) else listed(n))
+    ] = None
     # runs of each row, with the seeds loop.seed, loop.seed + 1, …
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
 
@@ -46,7 +38,7 @@ class StudySettings(TrainSettings):
 class LabelEfficiencySettings(StudySettings):
     """Random weights against each of these: pre-training runs, models, published files."""
 
-    init: Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)]  # type: ignore[assignment]
+    init: Annotated[tuple[Path, ...], BeforeValidator(listed), Field(min_length=1)]  # type: ignore[assignment]
 
 
 # The original's table only names its rows. Baseline is the published set, light is half as often and half as
@@ -134,11 +126,14 @@ def read_settings(name: str, overrides: Sequence[str], recipe: str | None = None
 
 def design(name: str, settings: StudySettings) -> Study:
     """The study's cells. Raises UserError for what would stop one of them, before any has begun."""
+    if settings.out and url_of(settings.out):
+        hint = "name a folder of this machine, or one that all machines see"
+        raise UserError("a study's runs are not on an object store", hint=hint)
     store = Store.open(settings.data)
     training, validation = split_cases(store.cases, settings.fold)
     volumes = tuple(sorted(set(settings.volumes or [len(training)])))
     first_cases(training, volumes[-1])
-    out = (settings.out or Path("studies") / f"{name}-{settings.data.resolve().name}").resolve()
+    out = (settings.out or Path("studies") / f"{name}-{placed(settings.data).name}").resolve()
     rows = _rows(name, settings, store)
     cells = []
     for seed in range(settings.loop.seed, settings.loop.seed + settings.seeds):
@@ -155,7 +150,7 @@ def _settings(
     """The settings of one run: the study's, without what only a study has, and what is this run's own."""
     shared = {name: getattr(study, name) for name in TrainSettings.model_fields}
     loop = study.loop.model_copy(update={"seed": seed, "validate_every": study.loop.steps})
-    own = {"data": study.data.resolve(), "out": out, "cases": count, "loop": loop}
+    own = {"data": placed(study.data), "out": out, "cases": count, "loop": loop}
     # all validation cases are measured afterwards: the run itself needs only to see that it works
     if study.validation.cases is None:
         own["validation"] = study.validation.model_copy(update={"cases": 1})

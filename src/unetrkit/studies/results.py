@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -107,17 +108,13 @@ def results(study: Study, scores: Mapping[str, Scores]) -> Results:
         if row != reference and arms[volumes, row].keys() & arms.get((volumes, reference), {}).keys()
     ]
     lines = []
-    for volumes in study.volumes:
-        for row in study.rows:
-            if cells := arms.get((volumes, row)):
-                comparison = None
-                if (volumes, row) in pairs:
-                    comparison = _compare(
-                        study, organs, tables, (arms[volumes, reference], cells), len(pairs)
-                    )
-                runs = {seed: _mean(tables[cell.name]) for seed, cell in cells.items()}
-                loss = float(np.mean([scores[cell.name].training_loss for cell in cells.values()]))
-                lines.append(Line(row, volumes, runs, loss, comparison))
+    for volumes, row in (place for place in product(study.volumes, study.rows) if place in arms):
+        comparison, cells = None, arms[volumes, row]
+        if (volumes, row) in pairs:
+            comparison = _compare(study, organs, tables, (arms[volumes, reference], cells), len(pairs))
+        runs = {seed: _mean(tables[cell.name]) for seed, cell in cells.items()}
+        loss = float(np.mean([scores[cell.name].training_loss for cell in cells.values()]))
+        lines.append(Line(row, volumes, runs, loss, comparison))
     missing = tuple(cell.name for cell in study.cells if cell.name not in scores)
     return Results(study, tuple(organs), tuple(lines), missing)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 
 from unetrkit.config import to_yaml
 from unetrkit.data.files import atomic_write, write_problems
@@ -19,6 +20,7 @@ from unetrkit.training.log import duration, say
 def open_study(name: str, settings: StudySettings) -> Study:
     """The study in its folder, begun or gone on with; each of its cells has its config.yaml.
 
+    Many may open it at once: whoever finds the folder finds the recipe, and all write the same.
     Raises UserError where the folder holds something else, or cells with other settings.
     """
     if this_rank().world > 1:
@@ -32,10 +34,11 @@ def open_study(name: str, settings: StudySettings) -> Study:
             raise UserError(f"`{out}` holds something that is not a study of {name}", hint=hint)
     new = [cell for cell in study.cells if not written(cell)]
     with write_problems(out):
-        for cell in new:
-            cell.folder.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     atomic_write(recipe, to_yaml(settings).encode())
     for cell in new:
+        with write_problems(out):
+            cell.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(cell.folder / "config.yaml", to_yaml(cell.settings).encode())
     return study
 
@@ -49,16 +52,22 @@ def run_study(study: Study, only: str | None = None) -> str:
     names = [cell.name for cell in study.cells]
     if only is not None and only not in names:
         raise UserError(f"the study has no cell `{only}`", hint=nearest(only, names))
-    todo = [cell for cell in unfinished(study) if only in (None, cell.name)]
-    say(f"{len(study.cells)} cells, {len(unfinished(study))} not finished, in {study.out}")
+    make_cells(study, [cell for cell in study.cells if only in (None, cell.name)])
+    found = _scores(study)
+    return write_tables(results(study, found), found)
+
+
+def make_cells(study: Study, cells: Sequence[Cell]) -> None:
+    """Makes those of the cells that are not finished; writes no table, as others may be at work on theirs."""
+    unmade = unfinished(study)
+    todo = [cell for cell in cells if cell in unmade]
+    say(f"{len(study.cells)} cells, {len(unmade)} not finished, in {study.out}")
     began = time.monotonic()
     for number, cell in enumerate(todo):
         spent = time.monotonic() - began
         left = f", about {duration(spent / number * (len(todo) - number))} left" if number else ""
         say(f"cell {number + 1} of {len(todo)}: {cell.name}{left}")
         make(cell, study.validation)
-    found = _scores(study)
-    return write_tables(results(study, found), found)
 
 
 def unfinished(study: Study) -> list[Cell]:

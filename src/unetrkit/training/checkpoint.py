@@ -1,6 +1,7 @@
 """Checkpoints that survive a power cut: one JSON line with the hash of what follows, then tensors only.
 
-A run folder holds `last`, the one before it as `previous`, and `best`.
+A run folder holds `last`, the one before it as `previous`, and `best`, weights alone. Where tensors are in
+parts (`training.sharding`) `last` is a folder: such a file, `state`, and one of each part.
 """
 
 from __future__ import annotations
@@ -8,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unetrkit.data.files import atomic_write, read_problems, sync_folder, write_problems
+from unetrkit.data.files import atomic_write, put_in_place, read_problems, remove, sha256_file, write_problems
 from unetrkit.errors import UserError
 
 FORMAT = "unetrkit checkpoint 2"
@@ -25,7 +25,7 @@ HEADER = 256  # bytes, padded with spaces
 ANOTHER_RUN = "start again in another folder, with `out=…`"
 
 
-def save(path: Path, state: dict[str, object]) -> None:
+def save(path: Path, state: Mapping[str, object]) -> None:
     """Writes `state` (tensors and plain values); a reader finds the old file or the new one.
 
     Equal states make equal files.
@@ -35,30 +35,34 @@ def save(path: Path, state: dict[str, object]) -> None:
     content = io.BytesIO(b" " * HEADER)
     content.seek(HEADER)
     torch.save(_canonical(state), content)
-    digest = hashlib.sha256(content.getbuffer()[HEADER:]).hexdigest()
-    header = json.dumps({"format": FORMAT, "sha256": digest}).encode()
     content.seek(0)
-    content.write(header.ljust(HEADER - 1) + b"\n")
+    content.write(_header(content.getbuffer()[HEADER:]))
     atomic_write(path, content.getvalue())
 
 
+def _header(content: bytes | memoryview) -> bytes:
+    header = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()})
+    return header.encode().ljust(HEADER - 1) + b"\n"
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU.
+    """The state that `save` wrote, on the CPU; of a folder its `state`, all its files being whole.
 
     Raises UserError for a file that is missing, damaged or something else. Nothing in it is executed: a file
     of another program fails on its first line, and torch refuses what is not tensors and plain values.
     """
+    if path.is_dir():
+        state = load(path / "state") | {"folder": str(path)}
+        for name, digest in state["shards"].items():
+            if sha256_file(path / name) != digest:
+                raise UserError(f"`{path / name}` is damaged", hint=ANOTHER_RUN)
+        return state
     with read_problems(path), open(path, "rb") as file:
         header = file.read(HEADER)
-        try:
-            found = json.loads(header)
-            known = isinstance(found, dict) and found.get("format") == FORMAT
-        except ValueError:
-            known = False
-        if not known:
+        if not header.startswith(json.dumps({"format": FORMAT})[:-1].encode()):
             raise UserError(f"`{path}` is not a checkpoint of this version of unetrkit", hint=ANOTHER_RUN)
         content = file.read()
-    if hashlib.sha256(content).hexdigest() != found.get("sha256"):
+    if header != _header(content):
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -75,15 +79,19 @@ def _canonical(value: object) -> object:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-def save_last(folder: Path, state: dict[str, object]) -> None:
-    """Writes `last` and keeps the one before as `previous`; both stay if the new one cannot be written."""
-    new, last = folder / "last.new", folder / "last"
-    save(new, state)
+def save_last(folder: Path, state: Mapping[str, object], *, parts: bool = False) -> None:
+    """Writes `last` and keeps the one before as `previous`; both stay if the new one cannot be written.
+
+    parts: `last.new` is a folder that lacks this `state` alone.
+    """
+    new, last, old = folder / "last.new", folder / "last", folder / "previous.old"
     with write_problems(last):
+        if not parts:
+            remove(new)
+        save(new / "state" if parts else new, state)
         if last.exists():
-            os.replace(last, folder / "previous")
-        os.replace(new, last)
-        sync_folder(folder)
+            put_in_place(last, folder / "previous", old)
+        put_in_place(new, last, old)
 
 
 def load_last(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:

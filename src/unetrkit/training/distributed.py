@@ -43,7 +43,8 @@ def together(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         with warnings.catch_warnings():  # each rank would say what no user can change
-            warnings.filterwarnings("ignore", "`broadcast_buffers`|Grad strides do not match")
+            # no block's output is changed in place, of which the third warns: a test compares each gradient
+            warnings.filterwarnings("ignore", "`broadcast_buffers`|Grad strides do not match|FSDP2-wrapped")
             yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
@@ -64,13 +65,13 @@ def means(values: Tensor) -> Tensor:
     return values
 
 
-def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether it is so on any rank: all ranks must do the same."""
+def anywhere(*flags: bool, device: torch.device) -> Sequence[bool]:
+    """Whether each is so on any rank: all ranks must do the same."""
     if not dist.is_initialized():
-        return flag
-    found = torch.tensor(float(flag), device=device)
+        return flags
+    found = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return found.bool().tolist()
 
 
 def from_all(work: Callable[[], Part]) -> list[Part]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import unetrkit
 from unetrkit.config import Settings, flatten, load_recipe, to_yaml
+from unetrkit.data.copies import MARK, sending
 from unetrkit.data.files import alone, atomic_write, read_json, write_problems
 from unetrkit.errors import UserError
 from unetrkit.ranks import this_rank
@@ -26,7 +27,7 @@ from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
 
 # what may change when a run goes on: where things are and how fast, not what is computed
-FREE = {"data", "out", "loop.device", "loop.workers", "loop.save_every", "loop.log_every"}
+FREE = {"data", "out", "loop.device", "loop.sharding", "loop.workers", "loop.save_every", "loop.log_every"}
 FREE |= {"init_minimum", "init_trust", "loop.trackers"}
 # else a run that met a broken case could not go on without it
 FREE |= {"sampling.skip_broken", "crops.skip_broken"}
@@ -68,9 +69,13 @@ def carry_out(job: Job) -> State:
     with ExitStack() as stack:
 
         def begin() -> None:
+            if this_rank().world > 1 and job.loop.sharding == "full" and (out.parent / MARK).exists():
+                message = "`loop.sharding=full` writes checkpoints of many files, which are not sent to URLs"
+                raise UserError(message, hint="name a folder that all ranks see as `out`")
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)
+            stack.enter_context(sending(out))
             for line in job.about:
                 say(line)
 
@@ -117,9 +122,8 @@ def _require_export(job: Job, out: Path, state: State) -> None:
         job.load(out / "model")
     except UserError as problem:
         say(f"{problem.message}; writing it again from `{out / 'best'}`")
-        learner = build_learner(job.objective, job.loop, job.optim)
-        learner.load_state_dict(checkpoint.load(out / "best")["learner"])
-        job.export(learner.subject, state)
+        job.objective.load_state_dict(checkpoint.load(out / "best")["learner"]["best"])
+        job.export(job.objective, state)
 
 
 def _make_folder(out: Path) -> None:
@@ -143,18 +147,12 @@ def _open(out: Path, job: Job) -> None:
             )
         began = read_json(record) if record.exists() else job.made_of
         for name, value in json.loads(json.dumps({**job.made_of})).items():
-            if name == "init" and isinstance(began, dict) and began.get(name) != value:
-                raise UserError(
-                    f"the run in `{out}` began with other weights than `init` names",
-                    hint="another `out` begins a new run",
-                )
             if not isinstance(began, dict) or began.get(name) != value:
                 what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
-                what = what or f"other {name} cases"
-                raise UserError(
-                    f"the data has {what} than when the run in `{out}` began",
-                    hint="another `out` begins a new run",
-                )
+                message = f"the data has {what or f'other {name} cases'} than when the run in `{out}` began"
+                if name == "init":
+                    message = f"the run in `{out}` began with other weights than `init` names"
+                raise UserError(message, hint="another `out` begins a new run")
     atomic_write(config, to_yaml(job.settings).encode())
     atomic_write(record, json.dumps({**job.made_of, "unetrkit": unetrkit.__version__}, indent=1).encode())
 
@@ -174,11 +172,8 @@ def same_run(before: Settings, now: Settings, loop: LoopSettings, optim: OptimSe
         )
     if differing:
         name = differing[0]
+        was, wanted = (json.dumps(values.get(name), ensure_ascii=False) for values in (old, new))
         raise UserError(
-            f"`{out}` holds another run: its `{name}` is {_json(old.get(name))}, not {_json(new.get(name))}",
+            f"`{out}` holds another run: its `{name}` is {was}, not {wanted}",
             hint="another `out` begins a new run; with its own settings this one goes on",
         )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -18,8 +18,6 @@ from unetrkit.training.optim import OptimSettings, learning_rate
 if TYPE_CHECKING:
     from unetrkit.training.loop import Batches, LoopSettings, State
 
-CHECKPOINTS = 4  # in a run folder while one is written: last, previous, best, the new one
-
 
 @contextmanager
 def explained(state: State, batches: Batches, settings: LoopSettings, optim: OptimSettings) -> Iterator[None]:
@@ -87,7 +85,7 @@ def refuse_lost(folder: Path, mark: dict[str, Any] | None) -> None:
 
 def check_space(learner: Learner, folder: Path) -> None:
     """A full disk is better found before the first step than at the first checkpoint."""
-    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     needed = space_of(learner) - there
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -101,7 +99,7 @@ def space_of(learner: Learner) -> int:
     """Bytes of the checkpoints of a run and of its model, at the moment when they are most."""
     weights = sum(p.numel() * p.element_size() for p in learner.objective.parameters())
     copies = 3 + (learner.average is not None)  # the weights, the two moments of Adam, the average
-    return (CHECKPOINTS * copies + 1) * weights
+    return (3 * copies + 2) * weights  # last, previous, the new one; best and model
 
 
 def validation_line(state: State, measured: dict[str, float], better: str) -> str:

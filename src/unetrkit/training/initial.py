@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from unetrkit.config import overridden, read_recipe
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import read_json, read_problems, read_start, sha256_file
+from unetrkit.data.remote import spelt
 from unetrkit.errors import UserError
 from unetrkit.inference.model import COPY, FILES, PRETRAINED
 from unetrkit.networks import build
@@ -24,6 +26,7 @@ from unetrkit.networks.identify import OF_TRAINING, Identity, identify, options_
 from unetrkit.networks.published import SWIN_LAYOUTS, Named, rename
 from unetrkit.networks.weights_file import Weights, read_weights
 from unetrkit.training import checkpoint
+from unetrkit.training.sharding import complete
 
 MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
 PATCH = 16  # voxels a side, of UNETR's grid of patches as published
@@ -78,6 +81,7 @@ def open_initial(path: Path, *, trust: bool = False, size: Size | None = None) -
     size: the size in voxels that position embeddings were trained at, where neither file nor count tells.
     Raises UserError for anything else, as `weights_file.read_weights` does.
     """
+    path = copy_of(path, "models")
     with read_problems(path):
         weights = _open(path, trust)
     try:
@@ -175,7 +179,7 @@ def inspect_weights(
         said.append(f"init_minimum={_allowing(audit)}")
         note = f"training wants {MINIMUM:.0%} of an encoder, unless `init_minimum` says less"
         audit = replace(audit, notes=(*audit.notes, note))
-    command = " ".join(["unetrkit train", name, f"init={shlex.quote(str(path))}", *said, "data=STORE"])
+    command = " ".join(["unetrkit train", name, f"init={shlex.quote(spelt(path))}", *said, "data=STORE"])
     return Inspection(initial, audit, command)
 
 
@@ -188,7 +192,8 @@ def _open(path: Path, trust: bool) -> Weights:
     for folder in (path, path / "model"):
         if (folder / FILES[0]).is_file():
             return _model(folder)
-    if path.is_file() and read_start(path, 32).startswith(b'{"format": "unetrkit checkpoint'):
+    file = path / "state" if path.is_dir() else path
+    if file.is_file() and read_start(file, 32).startswith(b'{"format": "unetrkit checkpoint'):
         return _checkpoint(path)
     return read_weights(path, trust=trust)
 
@@ -208,8 +213,8 @@ def _model(folder: Path) -> Weights:
 
 def _checkpoint(path: Path) -> Weights:
     """The network in `last` or `best` of a run folder, averaged where the run keeps an average."""
-    learner = checkpoint.load(path)["learner"]
-    state = learner.get("average") or learner["objective"]
+    learner = complete(checkpoint.load(path), {})["learner"]
+    state = learner.get("best") or learner.get("average") or learner["objective"]
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     run = path.parent
     if (run / "model" / FILES[0]).is_file():
@@ -223,7 +228,8 @@ def _checkpoint(path: Path) -> Weights:
         description = {"network": recipe.get("network"), "options": options}
     else:
         description = {}
-    return Weights(path, "unetrkit checkpoint", tensors, (), description)
+    file = path / "state" if path.is_dir() else path
+    return Weights(file, "unetrkit checkpoint", tensors, (), description)
 
 
 def _size(value: object, name: str) -> Size | None:

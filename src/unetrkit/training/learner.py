@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,6 +23,7 @@ from unetrkit.ranks import local_rank, this_rank
 from unetrkit.training.distributed import means as means_over_ranks
 from unetrkit.training.ema import average_of
 from unetrkit.training.optim import OptimSettings, build_optimizer, set_rate
+from unetrkit.training.sharding import complete, gathered, shard, whole
 
 if TYPE_CHECKING:
     from unetrkit.training.loop import LoopSettings
@@ -43,44 +46,60 @@ class Learner:
     parallel: nn.Module  # what a batch goes through: the objective, or DDP around it
     average: AveragedModel | None
     precision: torch.dtype | None  # what autocast computes in; None: float32
+    unsharded: nn.Module | None  # where the objective is in parts: on the CPU, what they are gathered in
 
     @property
     def device(self) -> torch.device:
         return next(self.objective.parameters()).device
 
-    @property
-    def subject(self) -> nn.Module:
-        """What is validated and exported: the averaged objective where there is one."""
-        return self.average.module if self.average else self.objective
+    @contextmanager
+    def subject(self) -> Iterator[nn.Module]:
+        """What is validated and exported, whole, on every rank: the averaged objective where there is one."""
+        own = self.average.module if self.average else self.objective
+        subject = gathered(own, self.unsharded.to(self.device)) if self.unsharded else own
+        subject.eval()
+        try:
+            yield subject
+        finally:
+            subject.train()
+            if self.unsharded:
+                self.unsharded.cpu()
 
-    def state_dict(self) -> dict[str, object]:
-        state = {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        return state | ({"average": self.average.state_dict()} if self.average else {})
+    def _stateful(self) -> dict[str, Any]:
+        own = {"objective": self.objective, "optimizer": self.optimizer, "scaler": self.scaler}
+        return own | ({"average": self.average} if self.average else {})
 
-    def load_state_dict(self, state: dict) -> None:
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+    def state_dict(self) -> dict[str, Any]:
+        return {name: one.state_dict() for name, one in self._stateful().items()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Of a checkpoint, whether it is in parts or not."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        like = self.state_dict() | {"optimizer": {"state": dict(enumerate(params))}}
+        state = complete(saved, {"learner": like})["learner"]
+        for name, one in self._stateful().items():
+            one.load_state_dict(state[name])
 
 
 def build_learner(objective: nn.Module, settings: LoopSettings, optim: OptimSettings) -> Learner:
     """A learner that has not learnt yet. Raises UserError for a GPU that is not there."""
     device = device_of(settings.device)
     precision = precision_of(settings.amp, device)
-    objective = objective.to(device).train()
+    sharded = settings.sharding == "full" and torch.distributed.is_initialized()
+    unsharded = objective.cpu() if sharded else None
+    objective = (deepcopy(objective) if sharded else objective.to(device)).train()
+    average = None if settings.ema is None else average_of(objective, settings.ema)
+    if sharded:
+        for part in (objective, average.module) if average else (objective,):
+            shard(part, device, precision)
     return Learner(
         objective,
         build_optimizer(objective, optim),
         GradScaler(device.type, enabled=precision == torch.float16),
-        _in_parallel(objective, device),
-        None if settings.ema is None else average_of(objective, settings.ema),
+        objective if sharded else _in_parallel(objective, device),
+        average,
         precision,
+        unsharded,
     )
 
 
@@ -96,7 +115,7 @@ def take_step(
     means = _accumulate_gradients(learner, stream, step, settings)
     learner.scaler.unscale_(learner.optimizer)
     weights = [p for p in learner.objective.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))
     # the one place of a step that waits for the device
     *values, grad_norm = means_over_ranks(torch.stack([*means.values(), norm])).tolist()
     losses = dict(zip(means, values, strict=True))
@@ -141,6 +160,8 @@ def _in_parallel(objective: nn.Module, device: torch.device) -> nn.Module:
 
 def _gradients_shared(parallel: nn.Module, shared: bool) -> AbstractContextManager[None]:
     """Gradients that are summed over batches are shared with the other ranks once, with the last of them."""
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(shared)
     if shared or not isinstance(parallel, DistributedDataParallel):
         return nullcontext()
     return parallel.no_sync()

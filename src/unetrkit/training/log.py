@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ DAY = 86400  # seconds
 
 
 class Metrics:
-    """`metrics.jsonl`: a record per line, appended. No times: a resumed run writes the same bytes."""
+    """`metrics.jsonl`, by rank 0: a record a line, appended. No times: a resumed run has the same bytes."""
 
     def __init__(
         self,
@@ -40,6 +41,9 @@ class Metrics:
         A file that is not what `mark` says stays as metrics.jsonl.damaged; its whole records are taken over,
         those of each event to the last step `upto`.
         """
+        self._file: BufferedWriter | None = None
+        if not this_rank().first:
+            return
         content = path.read_bytes() if path.exists() else b""
         kept = content[: mark["bytes"]] if mark else b""
         if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
@@ -57,6 +61,8 @@ class Metrics:
 
     def write(self, step: int, event: str, values: Mapping[str, float]) -> None:
         """Appends {"step", "event", …}; NaN and infinity, which JSON does not have, become null."""
+        if self._file is None:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = json.dumps({"step": step, "event": event, **finite}, ensure_ascii=False).encode() + b"\n"
         with write_problems(self._path):
@@ -68,6 +74,8 @@ class Metrics:
 
     def sync(self) -> dict[str, Any]:
         """On disk before the checkpoint that vouches for it, with the mark that this returns."""
+        if self._file is None:
+            return {}
         with write_problems(self._path):
             os.fsync(self._file.fileno())
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
@@ -76,24 +84,9 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with write_problems(self._path):  # what a full disk did not take is tried once more
-            self._file.close()
-
-
-class Unwritten(Metrics):
-    """What ranks other than the first have: one log is enough."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, event: str, values: Mapping[str, float]) -> None:
-        pass
-
-    def sync(self) -> dict[str, Any]:
-        return {}
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        if self._file is not None:
+            with write_problems(self._path):  # what a full disk did not take is tried once more
+                self._file.close()
 
 
 def _is_record(line: bytes, upto: Mapping[str, int]) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 from torch import nn
@@ -20,12 +20,12 @@ from torch import nn
 from unetrkit.config import Settings
 from unetrkit.errors import Interrupted, UserError, many
 from unetrkit.ranks import this_rank
-from unetrkit.training import checkpoint
+from unetrkit.training import checkpoint, sharding
 from unetrkit.training.distributed import anywhere, from_all, from_first
 from unetrkit.training.guards import cases_of, check_space, explained, refuse_lost, slow, validation_line
 from unetrkit.training.interruption import Interruption, Stop
 from unetrkit.training.learner import Batch, Learner, NotFinite, build_learner, take_step
-from unetrkit.training.log import Metrics, Progress, Unwritten, say
+from unetrkit.training.log import Metrics, Progress, say
 from unetrkit.training.optim import OptimSettings, learning_rate, scaled
 from unetrkit.training.trackers import Mirror, Trackers, mirrored
 
@@ -57,6 +57,8 @@ class LoopSettings(Settings):
     # auto: bf16 on a GPU or CPU with matrix units for it, else off
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # full: each of several ranks keeps a part of weights, gradients and the optimizer's state, not a copy
+    sharding: Literal["none", "full"] = "none"
     # processes that load data; the batches do not depend on it
     workers: Annotated[int, Field(ge=0, le=128)] = 2
     # where the records of metrics.jsonl go besides
@@ -121,7 +123,7 @@ def fit(
     """
     optim = scaled(optim, settings.accumulate * this_rank().world)
     learner = build_learner(objective, settings, optim)
-    course = Course(learner, State(), folder, settings, optim, validate, better, export)
+    course = Course(learner, State(), folder, settings, optim, validate, better, export, batches.cases)
     found = from_all(lambda: (course.resume(), course.state.step))
     if found != [found[0]] * len(found):
         raise UserError(f"ranks found different checkpoints in `{folder}`", hint="all must see one `out`")
@@ -147,7 +149,7 @@ def fit(
                 interruption.shielding(batches(start, stop)) as stream,
             ):
                 try:
-                    course.follow(stream, batches.cases, Told(metrics, progress, interruption))
+                    course.follow(stream, metrics, progress, interruption)
                     return course.state
                 except Retreat:
                     mark = course.go_back()
@@ -155,14 +157,6 @@ def fit(
 
 class Retreat(Exception):
     """Too many steps in a row were not finite: the run must go back to its last checkpoint."""
-
-
-class Told(NamedTuple):
-    """Who is told of what happens, and who may ask for the end."""
-
-    metrics: Metrics
-    progress: Progress
-    interruption: Interruption
 
 
 @dataclass
@@ -177,13 +171,15 @@ class Course:
     validate: Validate
     better: str
     export: Callable[[nn.Module, State], None]
+    cases: Callable[[int], Sequence[str]]
 
-    def follow(self, stream: Iterator[Batch], cases: Callable[[int], Sequence[str]], told: Told) -> None:
+    def follow(
+        self, stream: Iterator[Batch], metrics: Metrics, progress: Progress, interruption: Interruption
+    ) -> None:
         """Every event of the run in order, to its end. Raises Retreat where it must go back."""
         state, settings = self.state, self.settings
-        metrics, progress, interruption = told
         unsaved = not (self.folder / "last").exists()  # a run that has a record then has had a checkpoint
-        last_save = time.monotonic()
+        last_save, late = time.monotonic(), False
         try:
             while True:
                 done = state.step == settings.steps
@@ -191,17 +187,18 @@ class Course:
 
                 # ---- validate, and keep the best
                 if state.step > state.validated and (done or state.step % settings.validate_every == 0):
-                    with interruption.abandoning(progress.show) as show:
-                        measured = self.measure(show)
-                    metrics.write(state.step, "validation", measured)
-                    state.validated, unsaved = state.step, True
-                    if state.best_step is None or self.score(measured) > self.score(state.best):
-                        state.best_step, state.best = state.step, measured
-                        self.keep_best()
+                    with self.learner.subject() as subject:
+                        with interruption.abandoning(progress.show) as show:
+                            measured = self.validate(subject, state.step, show)
+                        metrics.write(state.step, "validation", measured)
+                        state.validated, unsaved = state.step, True
+                        if state.best_step is None or self.score(measured) > self.score(state.best):
+                            state.best_step, state.best = state.step, measured
+                            self.keep_best(subject)
                     progress.say(validation_line(state, measured, self.better))
 
                 # ---- save
-                due = state.step % settings.save_every == 0 or began - last_save > SAVE_SECONDS
+                due = late or state.step % settings.save_every == 0
                 if unsaved and (done or (due and not state.skipped)):  # to go back to what was good
                     self.save(metrics)
                     unsaved, last_save = False, time.monotonic()
@@ -210,7 +207,9 @@ class Course:
                 # ---- stop
                 if done:
                     return
-                if anywhere(interruption.asked, self.learner.device):
+                late = time.monotonic() - last_save > SAVE_SECONDS
+                asked, late = anywhere(interruption.asked, late, device=self.learner.device)
+                if asked:
                     raise Stop
 
                 # ---- one step
@@ -221,7 +220,7 @@ class Course:
                     state.skipped = 0
                     progress.step(state.step + 1, losses["loss"])
                 except NotFinite as what:
-                    self.skip(what, cases, progress)
+                    self.skip(what, progress)
                 state.step += 1
                 unsaved = True
 
@@ -235,14 +234,6 @@ class Course:
                 hint="the same command goes on from there",
             ) from None
 
-    def measure(self, show: Callable[[str], None]) -> dict[str, float]:
-        """What `validate` finds, without a trace in the training."""
-        self.learner.subject.eval()
-        try:
-            return self.validate(self.learner.subject, self.state.step, show)
-        finally:
-            self.learner.subject.train()
-
     def score(self, measured: dict[str, float]) -> float:
         """A value that is not defined (no organ anywhere) is worse than any other."""
         value = measured[self.better.removeprefix("-")]
@@ -250,7 +241,7 @@ class Course:
             return -math.inf
         return -value if self.better.startswith("-") else value
 
-    def skip(self, what: NotFinite, cases: Callable[[int], Sequence[str]], progress: Progress) -> None:
+    def skip(self, what: NotFinite, progress: Progress) -> None:
         """Leaves a step out whose loss or gradient is not finite: no weight was touched.
 
         Raises Retreat where it is one too many, and NotFinite where going back did not help or is not wanted.
@@ -261,7 +252,7 @@ class Course:
                 raise what
             raise Retreat from what
         state.skipped += 1
-        names = cases_of(state, self.settings, cases)
+        names = cases_of(state, self.settings, self.cases)
         progress.say(f"warning: the {what} is not finite at step {state.step}, left out: cases {names}")
 
     def go_back(self) -> dict[str, Any] | None:
@@ -280,7 +271,7 @@ class Course:
         saved = checkpoint.load_last(self.folder, warn=say)
         if saved is None:
             return None
-        self.learner.load_state_dict(saved["learner"])
+        self.learner.load_state_dict(saved)
         self.state = State(**saved["state"])
         before, now = saved.get("ranks", 1), this_rank().world
         if before != now:
@@ -289,22 +280,21 @@ class Course:
 
     def metrics(self, mark: dict[str, Any] | None, mirror: Mirror) -> Metrics:
         """The log, as far as the checkpoint knows it."""
-        if not this_rank().first:
-            return Unwritten()
         upto = {"training": self.state.step, "validation": self.state.validated}
         return Metrics(self.folder / "metrics.jsonl", upto, mark, mirror)
 
-    def keep_best(self) -> None:
+    def keep_best(self, subject: nn.Module) -> None:
         def keep() -> None:
-            checkpoint.save(self.folder / "best", self._content())
-            self.export(self.learner.subject, self.state)
+            content = {"learner": {"best": subject.state_dict()}, "state": asdict(self.state)}
+            checkpoint.save(self.folder / "best", content)
+            self.export(subject, self.state)
 
         from_first(keep)
 
     def save(self, metrics: Metrics) -> None:
-        if this_rank().first:
-            content = self._content() | {"log": metrics.sync(), "ranks": this_rank().world}
+        content: dict[str, Any] = {"learner": self.learner.state_dict(), "state": asdict(self.state)}
+        content |= {"log": metrics.sync(), "ranks": this_rank().world}
+        if self.learner.unsharded:
+            sharding.save_last(self.folder, content)
+        elif this_rank().first:
             checkpoint.save_last(self.folder, content)
-
-    def _content(self) -> dict[str, object]:
-        return {"learner": self.learner.state_dict(), "state": asdict(self.state)}

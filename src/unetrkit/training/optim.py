@@ -33,6 +33,8 @@ class OptimSettings(Settings):
     scale: Literal["none", "linear", "sqrt"] = "none"
     # of sgd (Nesterov)
     momentum: Fraction = 0.99
+    # of adam and adamw: how much of the mean gradient, and of its mean square, a step keeps
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
     # steps; never more than a tenth of the run, so that a trial of a few steps trains too
     warmup: Annotated[int, Field(ge=0)] = 500
@@ -102,7 +104,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
     if settings.name == "sgd":
         return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=True, fused=True)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, settings.lr, fused=True)
+    return kind(groups, settings.lr, settings.betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, rate: float) -> None:

@@ -13,9 +13,11 @@ from torch import nn
 
 from unetrkit.config import Settings
 from unetrkit.data.augment import AugmentSettings
+from unetrkit.data.copies import copy_of
 from unetrkit.data.files import read_json
 from unetrkit.data.folds import first_cases, split_cases
 from unetrkit.data.loader import Steps, batches
+from unetrkit.data.remote import Place, placed, spelt
 from unetrkit.data.sampling import SamplingSettings
 from unetrkit.data.store import Store
 from unetrkit.errors import UserError
@@ -38,15 +40,15 @@ from unetrkit.training.validation import Validation, ValidationSettings
 class TrainSettings(Settings):
     """Everything about a training run; a recipe states what differs from these."""
 
-    # the store that `unetrkit prepare` made
-    data: Path
+    # the store that `unetrkit prepare` made; it, the run and `init` may be the URLs of an object store
+    data: Place
     # the run's folder; null: runs/NETWORK-STORE
-    out: Path | None = None
+    out: Place | None = None
     network: str
     # what the network's own entry in `networks` takes
     network_options: dict[str, JsonValue] = Field(default_factory=dict)
     # published weights, a MONAI bundle, or a model, run or checkpoint of ours; null: random weights
-    init: Path | None = None
+    init: Place | None = None
     # the least share of the encoder's parameters that must come from there
     init_minimum: float = Field(default=MINIMUM, ge=0, le=1)
     # let torch compile a TorchScript archive that cannot be read otherwise; its code may run
@@ -120,14 +122,14 @@ def job_of(settings: TrainSettings) -> Job:
     store = Store.open(settings.data)
     if not store.plan.classes:
         raise UserError(
-            f"the cases in `{settings.data}` were prepared without labels: no segmentation can be learnt",
+            f"the cases in `{spelt(settings.data)}` were prepared without labels: "
+            "no segmentation can be learnt",
             hint="`unetrkit pretrain` learns without labels; to train, prepare a list with labels",
         )
-    out = settings.out or Path("runs") / f"{settings.network}-{settings.data.resolve().name}"
-    init = settings.init and settings.init.resolve()
-    settings = settings.model_copy(
-        update={"data": settings.data.resolve(), "out": out.resolve(), "init": init}
-    )
+    data, init = placed(settings.data), settings.init and placed(settings.init)
+    home = placed(settings.out or Path("runs") / f"{settings.network}-{data.name}")
+    settings = settings.model_copy(update={"data": data, "out": home, "init": init})
+    out, where = copy_of(home, "runs"), spelt(home)
     training, validation = split_cases(store.cases, settings.fold)
     training = first_cases(training, settings.cases)
     plan, patch = store.plan, settings.sampling.patch_size or store.plan.patch_size
@@ -141,19 +143,17 @@ def job_of(settings: TrainSettings) -> Job:
         options = begun["options"] | options
     network = build(settings.network, len(plan.channels), len(plan.classes), seen, options)
     about: list[str] = []
-    if initial is not None:
+    if initial is not None and init is not None:
         audit = begin(network, settings.network, initial, settings.init_minimum)
         begun = provenance(initial, audit, initial.options(settings.network))
-        about = [f"begins with `{init}`", *audit.summary(), *audit.notes]
+        about = [f"begins with `{spelt(init)}`", *audit.summary(), *audit.notes]
     origin = {"init": begun} if begun else {}
     measured = validation[: settings.validation.cases]
     some = f"{len(measured)} of " if len(measured) < len(validation) else ""
     cases = f"{len(training)} cases, validated on {some}{len(validation)}"
     device = device_of(settings.loop.device).type
     measure = Validation(
-        plan,
-        measured,
-        PredictSettings(overlap=settings.validation.overlap, window=patch, device=device),
+        plan, measured, PredictSettings(overlap=settings.validation.overlap, window=patch, device=device)
     )
 
     def export(objective: nn.Module, state: State) -> None:
@@ -174,7 +174,7 @@ def job_of(settings: TrainSettings) -> Job:
         settings.loop,
         settings.optim,
         Segmentation(network, settings.loss, settings.sampling.network_size),
-        Patches(settings.data, tuple(case.name for case in training), settings),
+        Patches(store.path, tuple(case.name for case in training), settings),
         validate=lambda objective, step, show: measure(
             seen_as(objective.get_submodule("network"), patch, seen), show
         ),
@@ -188,8 +188,8 @@ def job_of(settings: TrainSettings) -> Job:
             "sources": {case.name: case.source for case in training + validation},
             **origin,
         },
-        about=(f"{settings.network} on {cases}, in {out}", *about),
-        after=f"next: unetrkit predict SCANS PREDICTIONS --model {out}",
+        about=(f"{settings.network} on {cases}, in {where}", *about),
+        after=f"next: unetrkit predict SCANS PREDICTIONS --model {where}",
     )
 
 

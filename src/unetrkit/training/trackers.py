@@ -88,8 +88,8 @@ def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
         opened = attempt(name, lambda opening=opening: opening(_settings(folder)))  # type: ignore[misc]
         if opened:
             trackers[name] = opened
-            sent[name]["run"] = saved[name]["run"] = opened.run
-            atomic_write(folder / RECORD, json.dumps(saved, indent=1).encode())
+            sent[name]["run"] = opened.run
+            save(name)
     for line in _records(folder / "metrics.jsonl") if trackers else ():
         send(line.pop("step"), line.pop("event"), line)
     try:
@@ -169,16 +169,8 @@ def _wandb(folder: Path, run: str | None, settings: dict[str, object]) -> Tracke
     return Tracker(opened.id, log, opened.finish, lasting=mode == "online")
 
 
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "tensorboard": ("tensorboard",),
-    "mlflow": ("mlflow", "sqlalchemy"),
-    "wandb": ("wandb",),
-}
-OPEN: dict[str, Callable[[Path, str | None, dict[str, object]], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "mlflow": _mlflow,
-    "wandb": _wandb,
-}
+PACKAGES = {"tensorboard": ["tensorboard"], "mlflow": ["mlflow", "sqlalchemy"], "wandb": ["wandb"]}
+OPEN = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
 
 
 def _settings(folder: Path) -> dict[str, object]:

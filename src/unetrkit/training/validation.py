@@ -81,21 +81,27 @@ class Validation:
     def _truth(self, case: StoredCase) -> np.ndarray:
         """The case's own label, (x, y, z) ids, in the axis order of its image."""
         if case.name not in self._kept:
-            if case.label_file is None:
-                raise UserError(
-                    f"case `{case.name}` has no label to validate against",
-                    hint="give it one in the data list, and run `unetrkit prepare` again",
-                )
-            affine = np.asarray(case.grid.affine)
-            label = reorient(read_label(case.label_file), affine)
-            truth = label.array[0]
-            if difference := same_grid(affine, case.grid.shape, label.affine, truth.shape):
-                raise UserError(
-                    f"`{case.label_file}` is not on the grid that case `{case.name}` was prepared on: "
-                    f"{difference}",
-                    hint="run `unetrkit prepare` again: the file was changed since",
-                )
+            kept = "truth" in case.record.layouts
+            truth = case.arrays["truth"].whole()[0] if kept else self._read(case)
             if truth.nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT_LABELS:
                 return truth
             self._kept[case.name] = truth
         return self._kept[case.name]
+
+    def _read(self, case: StoredCase) -> np.ndarray:
+        """From the label's file: the store is of before it kept them."""
+        if case.label_file is None:
+            raise UserError(
+                f"case `{case.name}` has no label to validate against",
+                hint="give it one in the data list, and run `unetrkit prepare` again",
+            )
+        affine = np.asarray(case.grid.affine)
+        label = reorient(read_label(case.label_file), affine)
+        truth = label.array[0]
+        if difference := same_grid(affine, case.grid.shape, label.affine, truth.shape):
+            raise UserError(
+                f"`{case.label_file}` is not on the grid that case `{case.name}` was prepared on: "
+                f"{difference}",
+                hint="run `unetrkit prepare` again: the file was changed since",
+            )
+        return truth

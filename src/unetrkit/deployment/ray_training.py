@@ -1,0 +1,72 @@
+"""Training by Ray Train: after the loss of a worker or a machine all begin again from the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unetrkit.config import load_recipe
+from unetrkit.deployment.ray_tasks import connect
+from unetrkit.errors import Interrupted, MissingExtra, UserError
+from unetrkit.memory import keep_freed_memory
+from unetrkit.pretraining.run import PretrainSettings, pretrain
+from unetrkit.training.run import TrainSettings, train
+
+KINDS: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "train": (TrainSettings, train),
+    "pretrain": (PretrainSettings, pretrain),
+}
+
+
+def trainer(words: Sequence[str], workers: int, *, gpu: bool, restarts: int) -> Any:
+    """Ray's trainer whose workers are the ranks of `unetrkit WORDS`, a GPU for each; nothing is started.
+
+    Their paths are those of the folder where this is called: all machines must see it. Ray's own records are
+    `.ray` in the run's folder. Raises UserError without ray, and for words that do not train.
+    """
+    if words[0] not in KINDS or len(words) == 1:
+        hint = "as in `unetrkit launch ray -- train swin_unetr_base data=store out=run`"
+        raise UserError("Ray's workers `train` or `pretrain` a recipe", hint=hint)
+    kind, work = KINDS[words[0]]
+    settings = load_recipe(kind, words[1], words[2:])
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise MissingExtra("`unetrkit launch ray`", "ray") from error
+    return TorchTrainer(
+        partial(_rank, work, settings, Path.cwd()),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+        run_config=RunConfig(
+            name=".ray",
+            storage_path=str(Path(settings.out or "runs").absolute()),
+            failure_config=FailureConfig(max_failures=restarts),
+        ),
+    )
+
+
+def run(prepared: Any, address: str | None = None) -> None:
+    """Trains to the end on the cluster at `address` (see `connect`).
+
+    Raises UserError for what a worker finds wrong, and without a cluster; Interrupted for Ctrl-C and SIGTERM.
+    """
+    ray = connect(address)
+    try:
+        prepared.fit()
+    except SystemExit as stop:  # so Ray answers a signal
+        raise Interrupted("stopped", hint="the same command goes on from the last checkpoint") from stop
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(cause := getattr(failure, "_base_exc", None), UserError):
+                raise cause from error
+        raise
+
+
+def _rank(work: Callable[[Any], object], settings: Any, folder: Path) -> None:
+    """What a worker does. Ray has made it a rank: RANK, WORLD_SIZE, the group of processes, its GPU."""
+    os.chdir(folder)  # Ray has put it into a folder of its own
+    keep_freed_memory()
+    work(settings)
