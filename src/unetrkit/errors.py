@@ -62,6 +62,15 @@ def _rebuilt(kind: type[UserError], message: str, hint: str) -> UserError:
     return error
 
 
+def printable(text: str) -> str:
+    r"""Lines that a terminal shows and does not obey, whatever a file's name or content was.
+
+    >>> printable("a\x1b[2Jb\nc")
+    'a\\x1b[2Jb\nc'
+    """
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+
+
 def many(count: int, noun: str) -> str:
     """A number of things in words.
 

@@ -292,6 +292,10 @@ def test_drop_path_drops_whole_branches_as_often_as_asked() -> None:
         ("unetr", {"width": 512}, "`heads` is 12", "`width` is 512"),
         ("unetr", {"mlp_ratio": 0}, "`mlp_ratio` is 0", "4 is usual"),
         ("unetr", {"mlp_ratio": float("nan")}, "`mlp_ratio` is nan", "4 is usual"),
+        ("unetr", {"mlp_ratio": 1e300}, "`mlp_ratio` is `1e+300`", "10,000 at most"),
+        ("unetr", {"width": 10**21}, f"`width` is `{10**21}`", "10,000 at most"),
+        ("swin_unetr_tiny", {"feature_size": 1_200_000}, "`feature_size` is `1200000`", "10,000 at most"),
+        ("swin_unetr_tiny", {"feature_size": 9_996}, "would have 2,", "up to 10,000,000,000 are made"),
         ("unetr", {"mlp_ration": 4}, "`mlp_ration` is not an option", "did you mean `mlp_ratio`?"),
         ("unetr_fpn", {"feature_size": 0}, "`feature_size` is 0", "1 or more"),
         ("unetr_fpn", {"stem": 1}, "`stem` is `1`", "type bool"),
@@ -311,3 +315,9 @@ def test_build_refuses_in_the_users_words(name: str, options: dict, message: str
         build(name, 1, 2, CUBE, options)
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(("axis", "message"), [(2**13, "would have"), (2**70, "cannot be made")])
+def test_an_image_for_which_there_is_no_memory_is_refused(axis: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"`unetr` {message} .*in such sizes"):
+        build("unetr", 1, 2, (axis, axis, axis), {"depth": 3})

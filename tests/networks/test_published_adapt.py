@@ -197,6 +197,76 @@ def test_what_a_file_holds_is_told_by_its_shapes() -> None:
     }
 
 
+SIZES = {"width": 24, "depth": 5, "mlp_ratio": 0.5, "heads": 4}
+
+
+def test_a_unetr_of_another_size_is_told_by_its_shapes() -> None:
+    with torch.device("meta"):
+        sized = rename(build("unetr", 1, 5, (32, 32, 32), SIZES).state_dict())
+    assert identify(sized, {}).options == {"width": 24, "depth": 5, "mlp_ratio": 0.5}
+    # what a model of ours says of itself is all that there is to say
+    assert identify(sized, {"network": "unetr_light_vit", "options": {"stem": True}}).options == {
+        "stem": True
+    }
+
+
+@pytest.mark.parametrize("network", ["unetr", "swin_unetr_tiny"])
+def test_an_encoder_of_which_a_part_is_used_is_no_whole_one(network: str) -> None:
+    small = {"heads": 4, "width": 24}
+    of_file, ours = {
+        "unetr": ({"depth": 6}, {"depth": 4}),
+        "swin_unetr_tiny": ({"residual_stages": True}, {}),
+    }[network]
+    more = small if network == "unetr" else {}
+    state = build(network, 1, 2, (32, 32, 32), more | of_file).state_dict()
+    _, audit = match(rename(state), built := build(network, 1, 2, (32, 32, 32), more | ours))
+    own = sum(parameter.numel() for parameter in built.encoder.parameters())
+    whole = sum(weight.numel() for name, weight in state.items() if name.startswith("encoder."))
+    assert (audit.encoder, audit.unplaced) == ((own, own), whole - own)
+    assert audit.encoder_share == own / whole < 0.99 and not audit.missing
+    assert f"and {whole - own:,} of the file's that have no place" in audit.table()
+
+
+READ = {  # by a rule of its own each
+    *(f"encoder.{name}" for name in ("position", "embedding.weight", "embedding.bias")),
+    *(f"encoder.stages.0.blocks.0.attention.{name}" for name in ("bias", "qkv.bias", "qkv.weight")),
+    *("encoder.blocks.0.mlp.linear1.weight", "skip.0.conv1.weight", "skip.0.shortcut.weight"),
+    *("encoder.stages.0.merging.reduction.weight", "decoder.head.weight", "decoder.head.bias"),
+}
+MISSHAPEN = [torch.tensor(1.0), torch.ones(3), torch.ones(2197, 5), torch.ones(1, 1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("value", MISSHAPEN, ids=lambda value: f"{value.ndim}d")
+@pytest.mark.parametrize("kind", ["swin_unetr_tiny", "unetr"])
+def test_a_weight_of_any_shape_is_placed_or_named(kind: str, value: Tensor) -> None:
+    options = {"width": 24, "heads": 4, "depth": 3} if kind == "unetr" else {}
+    network = build(kind, 1, 2, (32, 32, 32), options)
+    for name in READ & network.state_dict().keys():
+        named = rename({**network.state_dict(), name: value})
+        if name == "encoder.embedding.weight" and value.ndim < 2:
+            with pytest.raises(UserError, match="have no patch embedding"):
+                identify(named, {})
+        elif identify(named, {}).network.startswith(kind[:4]):
+            fitting, audit = match(named, network)
+            assert name not in fitting and name in {entry.name for entry in audit.skipped}
+
+
+@pytest.mark.parametrize("value", MISSHAPEN, ids=lambda value: f"{value.ndim}d")
+def test_a_published_embedding_of_any_shape_has_a_name(value: Tensor) -> None:
+    names = ("vit.patch_embedding.patch_embeddings.weight", "vit.blocks.0.mlp.linear1.weight")
+    named = rename(dict.fromkeys(names, value))
+    assert named.tensors["encoder.embedding.weight"].numel() == value.numel()
+
+
+def test_two_tensors_for_one_weight_must_be_one() -> None:
+    state = files.swin(1, 2).state_dict()
+    name = "out.conv.conv.bias"
+    again = rename({**state, f"module.{name}": state[name].clone()})
+    assert {e.name: e.note for e in again.left}[f"module.{name}"] == f"is `{name}` again"
+    with pytest.raises(UserError, match=f"`{name}` and `module.{name}` differ and are one weight"):
+        rename({**state, f"module.{name}": state[name] + 1})
+
+
 def test_weights_of_another_network_are_refused() -> None:
     swin_2d = ["layers.0.blocks.0.attn.qkv.weight"]
     vit_2d = ["blocks.0.attn.qkv.weight", "patch_embed.proj.weight"]

@@ -21,7 +21,9 @@ from unetrkit.networks import weights_file
 from unetrkit.networks.torchscript import read_torchscript
 from unetrkit.networks.weights_file import read_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore:The PyTorch API of nested"
+)
 WEIGHTS = {"encoder.a": torch.arange(6.0).reshape(2, 3), "encoder.b": torch.ones(2, dtype=torch.float16)}
 
 
@@ -189,6 +191,14 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, form: str) -> N
     assert made.exists()
 
 
+def inside(model: bytes) -> bytes:
+    """A bundle's zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("models/model.pt", model)
+    return buffer.getvalue()
+
+
 def wrecks(folder: Path) -> dict[str, tuple[bytes, str]]:
     """Contents that are called weights, and what they are."""
     buffers = {}
@@ -219,6 +229,11 @@ def wrecks(folder: Path) -> dict[str, tuple[bytes, str]]:
         "cut safetensors": (tensors[:-3], "is damaged or cut off"),
         "random": (np.random.default_rng(0).bytes(5000), "is no file of weights"),
         "a pickle of noise": (b"\x80\x02" + np.random.default_rng(1).bytes(500), "is damaged or cut off"),
+        "a pickle of Python's own": (
+            pickle.dumps({"a": 1}),
+            "cut off, or holds more than tensors: Unsupported operand 149",
+        ),
+        "a bundle in a bundle": (inside(inside(buffers["zip"])), "is a zip archive without weights"),
         "web page": (page, "is a web page"),
         "pointer": (pointer, "is a pointer of Git LFS"),
         "gzip": (b"\x1f\x8b\x08" + bytes(100), "is a packed archive"),
@@ -233,11 +248,16 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path, wreck: str, suffix:
     content, message = wrecks(tmp_path)[wreck]
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
-    if suffix == ".safetensors" and wreck in ("random",):
+    if suffix == ".safetensors" and wreck in ("random", "a pickle of Python's own"):
         message = "is damaged or cut off"
     with pytest.raises(UserError, match=message) as refusal:
         read_weights(path)
     assert str(path) in refusal.value.message and "\n" not in refusal.value.message and refusal.value.hint
+
+
+def holds_itself(content: dict[str, object]) -> dict[str, object]:
+    content["state_dict"] = content
+    return content
 
 
 CLAIMS: dict[str, tuple[Callable[[], object], str]] = {
@@ -250,6 +270,22 @@ CLAIMS: dict[str, tuple[Callable[[], object], str]] = {
     "a list": (lambda: [torch.ones(3)], "has no weights by name"),
     "an empty dictionary": (dict, "has no weights by name: it holds nothing"),
     "numbers as names": (lambda: {1: torch.ones(3)}, "has no weights by name"),
+    "itself": (lambda: holds_itself({"epoch": 3}), "it holds names of `epoch`"),
+    "no values": (lambda: {"encoder.a": torch.ones(3, device="meta")}, r"is \(3,\), but its values are not"),
+    "nested": (
+        lambda: {"encoder.a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "is nested, but its values are not stored",
+    ),
+    "nothing": (lambda: {"encoder.a": torch.ones(0, 3)}, r"is \(0, 3\) of torch.float32, which no network"),
+    "eight bits": (
+        lambda: {"encoder.a": torch.ones(3).to(torch.float8_e4m3fn)},
+        r"is \(3,\) of torch.float8_e4m3fn, which no network",
+    ),
+    "a name that a terminal obeys": (
+        lambda: {"\x1b[2J\nerror: no": torch.ones(3)},
+        r"no weight's: `\\x1b\[2J\\nerror: no`$",
+    ),
+    "a name of a megabyte": (lambda: {"a" * 10**6: torch.ones(3)}, "no weight's: `a{200}`$"),
     "an optimizer only": (
         lambda: {"optimizer": {"lr": 1}, "epoch": 3},
         "it holds names of `optimizer`, `epoch`",
@@ -285,11 +321,25 @@ def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "pipe")
 
 
-def test_torchscript_modules_nested_without_end(tmp_path: Path) -> None:
-    # a module whose attribute is itself
-    loop = b"\x80\x02c__torch__ M\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00ub.".replace(
-        b"__torch__ M", b"__torch__\nM"
-    )
+@pytest.mark.parametrize("start", [b"", (1000).to_bytes(8, "little") + b"{"])
+def test_a_terabyte_of_holes_costs_nothing(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(start)
+    os.truncate(path, 2**40)
+    with pytest.raises(UserError, match="is damaged or cut off"):
+        read_weights(path)
+
+
+def test_what_lies_beside_cannot_move_the_cursor(tmp_path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS, "\x1b[2J\nnote": 1}, tmp_path / "x.pt")
+    assert read_weights(tmp_path / "x.pt").beside == (r"\x1b[2J\nnote",)
+
+
+@pytest.mark.parametrize("name", [b"a", b"a" * 1001])
+def test_torchscript_modules_nested_without_end(tmp_path: Path, name: bytes) -> None:
+    # a module whose attribute is itself; a long name would be repeated for each of its depths
+    length = len(name).to_bytes(4, "little")
+    loop = b"\x80\x02c__torch__\nM\n)\x81q\x00}(X" + length + name + b"h\x00ub."
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", loop)
         archive.writestr("x/constants.pkl", b"")

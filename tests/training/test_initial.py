@@ -129,7 +129,9 @@ def test_too_little_of_an_encoder_is_refused(store: Path, published: Path, tmp_p
         with pytest.raises(UserError, match=message) as refusal:
             train(settings(store, tmp_path / "run", f"init={published}", *words))
         assert "it holds swin_unetr_tiny, 1 channel, no output layer" in refusal.value.hint
-        assert "`init_minimum=0.0" in refusal.value.hint
+        offered = "`init_minimum=0.0" in refusal.value.hint
+        assert offered == (words[0] != "network=unetr")  # of which nothing fits
+        assert offered != ("nothing of it would be used" in refusal.value.hint)
         assert not (tmp_path / "run").exists()
 
 
@@ -195,7 +197,11 @@ def test_a_file_brings_its_own_feature_size(tmp_path: Path) -> None:
     small = {"feature_size": 8, "depth": 5, "width": 48, "heads": 4}
     torch.save(build("unetr", 1, 2, (32, 32, 32), small).state_dict(), tmp_path / "unetr.pt")
     initial = open_initial(tmp_path / "unetr.pt")
-    assert initial.options("unetr") == {"feature_size": 8}
+    assert initial.options("unetr") == {"feature_size": 8, "depth": 5, "width": 48}
+    assert inspect_weights(tmp_path / "unetr.pt", None, []).audit.encoder_share == 1
+    for words, doubt in {(): True, ("heads=4",): False}.items():
+        notes = inspect_weights(tmp_path / "unetr.pt", None, words).audit.notes
+        assert ["the file cannot tell `heads`" in note for note in notes] == [True] * doubt
     assert initial.options("unetr_fpn") == {}  # another network has its own
     torch.save(
         build("swin_unetr_base", 1, 2, (32, 32, 32), {"feature_size": 36}).state_dict(), tmp_path / "s.pt"
@@ -219,3 +225,70 @@ def test_a_bundle_older_than_the_new_merging_leaves_no_doubt(tmp_path: Path) -> 
         assert open_initial(tmp_path).options("swin_unetr_tiny")["merging"] == "published"
         notes = [note for note in found.audit.notes if "merging=full" in note]
         assert len(notes) == bool(doubt) and all(doubt in note for note in notes)
+
+
+def test_no_command_begins_with_a_file_of_which_nothing_fits(tmp_path: Path) -> None:
+    weights = {name: tensor.to(torch.int8) for name, tensor in files.swin(1, 2).state_dict().items()}
+    torch.save(weights, tmp_path / "whole_numbers.pt")
+    found = inspect_weights(tmp_path / "whole_numbers.pt", None, [])
+    assert (found.audit.encoder_share, found.command) == (0, "")
+    assert "nothing of it would be used" in found.audit.notes[-1]
+
+
+def test_the_merging_that_was_named_is_not_advised(published: Path) -> None:
+    for words, notes in {("merging=full",): 0, ("merging=published",): 1, (): 1}.items():
+        found = inspect_weights(published, None, words).audit.notes
+        assert sum("merging=full" in note for note in found) == notes
+
+
+@pytest.mark.parametrize("size", ["0,0,0", "1,1", "5000,16,16", "abc"])
+def test_sizes_that_are_none(store: Path, published: Path, tmp_path: Path, size: str) -> None:  # noqa: F811
+    with pytest.raises(UserError, match="init_size"):
+        inspect_weights(published, None, [f"init_size={size}"])
+    with pytest.raises(UserError, match="init_size"):
+        train(settings(store, tmp_path / "run", f"init={published}", f"init_size={size}"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"options": value} for value in (5, [1], None)),
+        *({"image_size": value} for value in ("abc", 7, ["a", "b", "c"], [1, 2], [0, 0, 0], [10**9] * 3)),
+    ],
+    ids=str,
+)
+def test_a_description_that_is_none(tuned: Path, tmp_path: Path, said: dict[str, object]) -> None:
+    (tmp_path / "weights.safetensors").write_bytes((tuned / "model/weights.safetensors").read_bytes())
+    description = json.loads((tuned / "model/model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    assert open_initial(tmp_path).identity.network == "swin_unetr_tiny"
+    (tmp_path / "model.json").write_text(json.dumps(description | said))
+    with pytest.raises(UserError, match="does not describe a model"):
+        open_initial(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [1],
+        torch.ones(2),
+        {"learner": torch.ones(2)},
+        {"learner": {}},
+        {"learner": {"objective": 5}},
+        {"learner": {"objective": {1: torch.ones(2)}}},
+        {"learner": {"objective": {"network.encoder.embedding.weight": torch.ones(2, device="meta")}}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_something_else(tmp_path: Path, content: dict[str, object]) -> None:
+    checkpoint.save(tmp_path / "last", content)
+    with pytest.raises(UserError, match=r"is not the checkpoint of a run|no weights by name|not stored"):
+        open_initial(tmp_path / "last")
+
+
+def test_a_run_without_a_model_yet_names_its_checkpoint(tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "last").write_bytes((tuned / "last").read_bytes())
+    with pytest.raises(UserError, match="has no model yet") as refusal:
+        open_initial(tmp_path)
+    assert f"`{tmp_path / 'last'}`" in refusal.value.hint

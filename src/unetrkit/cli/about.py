@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from unetrkit.cli.app import AsJson, app, say
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, printable
 
 
 def demo(
@@ -43,8 +43,9 @@ def info(
         if file is None:
             raise UserError("`info weights` needs a file", hint="as in `unetrkit info weights model.pt`")
         found = inspect_weights(file, network, override or [], trust=trust)
-        print(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
-        say(f"next: {found.command}")
+        print(json.dumps(found.to_dict(), indent=1) if as_json else printable(found.table()))
+        if found.command:
+            say(f"next: {found.command}")
         return
     if file is not None or network is not None or trust:
         hint = "a file and its options belong to `unetrkit info weights`"

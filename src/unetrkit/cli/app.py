@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unetrkit import __version__
+from unetrkit.errors import printable
 
 if TYPE_CHECKING:
     from unetrkit.data.processes import Each
@@ -59,7 +60,7 @@ def _show_version(asked: bool) -> None:
 
 def say(text: str) -> None:
     """Everything that is not data goes to stderr."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def each_on(address: str | None, *, gpu: bool = False) -> Each:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import nn
 
 from unetrkit.errors import UserError, nearest
@@ -15,6 +16,9 @@ from unetrkit.networks.swin_unetr import swin_unetr
 from unetrkit.networks.unetr import unetr
 from unetrkit.networks.unetr_fpn import unetr_fpn
 from unetrkit.networks.vit_autoencoder import vit_autoencoder
+
+LARGEST = 10**10  # parameters; thirty times those of the largest network of the tables
+LARGEST_OPTION = 10_000
 
 # each is called with (in_channels, classes, image_size, **options)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -53,7 +57,7 @@ def build(
     * image_size: the size it will mostly see, in voxels; others work too.
     * options: by name, as a recipe or a model's description has them; lists stand for tuples.
 
-    Raises UserError: unknown network or option, or a value that an option cannot have.
+    Raises UserError: unknown network or option, a value that an option cannot have, or impossible sizes.
 
     >>> build("swin_unetr_tny", 1, 2, (96, 96, 96), {})
     Traceback (most recent call last):
@@ -61,7 +65,8 @@ def build(
     unetrkit.errors.UserError: `swin_unetr_tny` is not a network
     """
     network = _named(name, NETWORKS)
-    return network(in_channels, classes, image_size, **_options(name, network, options))
+    checked = _options(name, network, options)
+    return _built(name, lambda: network(in_channels, classes, image_size, **checked))
 
 
 def build_pretraining(
@@ -69,7 +74,22 @@ def build_pretraining(
 ) -> nn.Module:
     """A new network of `PRETRAINING_NETWORKS`; the rest as in `build`."""
     network = _named(name, PRETRAINING_NETWORKS)
-    return network(in_channels, image_size, **_options(name, network, options))
+    checked = _options(name, network, options)
+    return _built(name, lambda: network(in_channels, image_size, **checked))
+
+
+def _built(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` makes, tried on `meta` first, where it takes no memory and draws no random number."""
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in make().parameters())
+    except (RuntimeError, TypeError, OverflowError) as error:  # numbers that no tensor can have
+        hint = "a file, an option or an image size is far from any real one"
+        raise UserError(f"`{name}` cannot be made in such sizes", hint=hint) from error
+    if count > LARGEST:
+        message = f"`{name}` would have {count:,} parameters in such sizes"
+        raise UserError(message, hint=f"up to {LARGEST:,} are made: smaller options or a smaller image")
+    return make()
 
 
 def _named(name: str, table: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
@@ -108,6 +128,8 @@ def _checked(option: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
             raise UserError(f"`{option}` is `{value}`", hint="expected a list of whole numbers")
         return tuple(value)
+    if isinstance(value, int | float) and abs(value) > LARGEST_OPTION:
+        raise UserError(f"`{option}` is `{value}`", hint=f"{LARGEST_OPTION:,} at most")
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise UserError(f"`{option}` is `{value}`", hint=f"expected a value of type {kind.__name__}")
     return value

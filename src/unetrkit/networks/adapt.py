@@ -24,6 +24,8 @@ def adapt(
         ValueError: there is no way that keeps its meaning; the text says why.
         UserError: position embeddings whose grid is neither known nor a cube.
     """
+    if weight.ndim != len(shape):
+        raise ValueError(OTHER)
     if name == "encoder.position" and target is not None and weight.shape[::2] == (shape[0], shape[2]):
         source = source or cube(weight.shape[1])
         how = f"interpolated from {_by(source)} to {_by(target)} patches"
@@ -84,7 +86,7 @@ def cube(count: int) -> Grid:
 
 def _channels(name: str, weight: Tensor, shape: Grid) -> tuple[int, int] | None:
     """Input channels before and after, for the layers that read the image."""
-    if name == "encoder.embedding.weight" and weight.ndim == len(shape) == 2 and weight.shape[0] == shape[0]:
+    if name == "encoder.embedding.weight" and weight.ndim == 2 and weight.shape[0] == shape[0]:
         cube_size = 16**3
         if weight.shape[1] % cube_size == 0 and shape[1] % cube_size == 0:
             return weight.shape[1] // cube_size, shape[1] // cube_size

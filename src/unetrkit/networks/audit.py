@@ -24,13 +24,14 @@ class Audit:
     skipped: tuple[Entry, ...]
     missing: tuple[Entry, ...]
     encoder: tuple[int, int]  # parameters that came from the file, and all
+    unplaced: int  # of the file's encoder, which the network's does not have
     decoder: tuple[int, int]  # of the skips and the decoder
     options: dict[str, object]  # what the network must be for these weights
     notes: tuple[str, ...] = field(default=())
 
     @property
     def encoder_share(self) -> float:
-        return self.encoder[0] / max(1, self.encoder[1])
+        return self.encoder[0] / max(1, self.encoder[1] + self.unplaced)
 
     @property
     def decoder_share(self) -> float:
@@ -44,7 +45,7 @@ class Audit:
                 counts.append(f"{len(entries)} {word}")
         return [
             f"layout {self.layout}: {self.title}; tensors: {', '.join(counts)}",
-            f"encoder: {_share(self.encoder)}; decoder: {_share(self.decoder)}",
+            f"encoder: {_share(self.encoder, self.unplaced)}; decoder: {_share(self.decoder)}",
         ]
 
     def table(self) -> str:
@@ -52,7 +53,7 @@ class Audit:
         lines = [f"layout    {self.layout}: {self.title}"]
         for option, value in self.options.items():
             lines.append(f"needs     {option}={value}")
-        lines += [f"encoder   {_share(self.encoder)}", f"decoder   {_share(self.decoder)}"]
+        lines += [f"encoder   {_share(self.encoder, self.unplaced)}", f"decoder   {_share(self.decoder)}"]
         for word in ("loaded", "adapted", "skipped", "missing"):
             entries: tuple[Entry, ...] = getattr(self, word)
             lines.append(f"{word:9} {many(len(entries), 'tensor')}")
@@ -76,7 +77,7 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
     state: dict[str, Tensor] = {}
     loaded: list[Entry] = []
     adapted: list[Entry] = []
-    skipped = list(named.left)
+    skipped, unplaced = list(named.left), 0
     wanted = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     target = getattr(network.get_submodule("encoder"), "grid", None)
     for name, weight in named.tensors.items():
@@ -85,6 +86,8 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
             stray = named.layout.key != "ours" and name.endswith(".shortcut.weight")
             reason = STRAY if stray else "is no part of this network"
             skipped.append(Entry(theirs, shape, reason))
+            # a deeper encoder, used in part, is not the one that was trained
+            unplaced += weight.numel() if name.startswith("encoder.") and not stray else 0
             continue
         if not weight.is_floating_point():
             skipped.append(Entry(theirs, shape, f"holds {weight.dtype}, not weights"))
@@ -105,9 +108,9 @@ def match(named: Named, network: nn.Module, source: Grid | None = None) -> tuple
     missing = [Entry(name, shape) for name, shape in wanted.items() if name not in state]
     sizes = {name: weight.numel() for name, weight in network.named_parameters()}
     entries = tuple(loaded), tuple(adapted), tuple(skipped), tuple(missing)
-    shares = _counts(sizes, state, True), _counts(sizes, state, False)
+    encoder, decoder = _counts(sizes, state, True), _counts(sizes, state, False)
     layout = named.layout.key, named.layout.title
-    return state, Audit(*layout, *entries, *shares, dict(named.options))
+    return state, Audit(*layout, *entries, encoder, unplaced, decoder, dict(named.options))
 
 
 def _cube_or(count: int, target: Grid) -> Grid:
@@ -121,13 +124,14 @@ def _counts(sizes: dict[str, int], state: dict[str, Tensor], encoder: bool) -> t
     return sum(size for name, size in own.items() if name in state), sum(own.values())
 
 
-def _share(counts: tuple[int, int]) -> str:
+def _share(counts: tuple[int, int], unplaced: int = 0) -> str:
     """Rounded down: 100 % are all.
 
     >>> _share((999_999, 1_000_000))
     '99.9 % of 1,000,000 parameters'
     """
-    return f"{counts[0] * 1000 // max(1, counts[1]) / 10:.1f} % of {counts[1]:,} parameters"
+    more = f" and {unplaced:,} of the file's that have no place" if unplaced else ""
+    return f"{counts[0] * 1000 // max(1, counts[1] + unplaced) / 10:.1f} % of {counts[1]:,} parameters{more}"
 
 
 def _grouped(entries: Iterable[Entry]) -> list[str]:

@@ -1,14 +1,19 @@
 """Which network a file of weights belongs to, as its shapes tell."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from unetrkit.errors import UserError, many
 from unetrkit.networks import NETWORKS, known_options
 from unetrkit.networks.published import Named
 
 SWIN_SIZES = {12: "swin_unetr_tiny", 24: "swin_unetr_small", 48: "swin_unetr_base"}
+UNETR = {"feature_size": 16, "width": 768, "depth": 12, "mlp_ratio": 4}  # as published
+BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 # how a network is trained, not what it is: not taken over from a model
 OF_TRAINING = {"checkpointing", "deep_supervision", "dropout", "drop_path"}
 
@@ -35,7 +40,7 @@ def identify(named: Named, description: Mapping[str, Any]) -> Identity:
     Raises UserError where they have no patch embedding to tell by.
     """
     tensors = named.tensors
-    head, first = tensors.get("decoder.head.weight"), tensors.get("skip.0.conv1.weight")
+    head, first = (_rows(tensors, name) for name in ("decoder.head.weight", "skip.0.conv1.weight"))
     embedding = tensors.get("encoder.embedding.weight")
     if embedding is None or embedding.ndim < 2:
         hint = "expected the weights of an encoder, complete"
@@ -43,15 +48,18 @@ def identify(named: Named, description: Mapping[str, Any]) -> Identity:
     swin = any(name.startswith("encoder.stages.") for name in tensors)
     size: list[int] = description.get("image_size") or []
     options = {**named.options, **description.get("options", {})}
+    width = embedding.shape[0]
     if swin:
-        width = embedding.shape[0]
         network = SWIN_SIZES.get(width, "swin_unetr_base")
         if width not in SWIN_SIZES:
             options.setdefault("feature_size", width)
     else:
         network = "unetr"
-        if first is not None and first.shape[0] != 16:
-            options.setdefault("feature_size", first.shape[0])
+        if not description:
+            inner = _rows(tensors, "encoder.blocks.0.mlp.linear1.weight") or 0
+            depth = len({block[1] for name in tensors if (block := BLOCK.match(name))})
+            found = {"feature_size": first, "width": width, "depth": depth, "mlp_ratio": inner / width}
+            options |= {key: value for key, value in found.items() if value and value != UNETR[key]}
         position = tensors.get("encoder.position")
         side = round((position.shape[1] if position is not None and position.ndim == 3 else 0) ** (1 / 3))
         if not size and side and position is not None and side**3 == position.shape[1]:
@@ -59,10 +67,15 @@ def identify(named: Named, description: Mapping[str, Any]) -> Identity:
     return Identity(
         str(description.get("network", network)),
         description.get("in_channels", embedding.shape[1] if swin else max(1, embedding.shape[1] // 16**3)),
-        None if head is None else head.shape[0],
+        head,
         (size[0], size[1], size[2]) if len(size) == 3 else None,
         {name: value for name, value in options.items() if name not in OF_TRAINING},
     )
+
+
+def _rows(tensors: Mapping[str, Tensor], name: str) -> int | None:
+    """How many outputs a layer has; None where it is not there, or is no layer."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].ndim else None
 
 
 def options_for(network: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from unetrkit.errors import UserError
@@ -140,7 +141,7 @@ def translate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rename(state_dict: Mapping[str, Tensor]) -> Named:
     """The weights of a file under our names, and what the network must be for them.
 
-    Raises UserError: the names follow no layout that is known.
+    Raises UserError: the names follow no layout that is known, or two are of one weight.
     """
     bare = {name: WRAPPERS.sub("", name) for name in state_dict}
     layout = recognise(bare.values())
@@ -155,11 +156,14 @@ def rename(state_dict: Mapping[str, Tensor]) -> Named:
         if reason is None and not ours.startswith(("encoder.", "skip.", "decoder.")):
             reason = UNKNOWN
         if reason is None and ours in tensors:
-            reason = f"has the same place as `{theirs[ours]}`"
+            if not torch.equal(tensor, tensors[ours]):
+                message = f"`{theirs[ours]}` and `{name}` differ and are one weight of the network"
+                raise UserError(message, hint="save one network's `model.state_dict()` alone")
+            reason = f"is `{theirs[ours]}` again"
         if reason is not None:
             left.append(Entry(name, () if tensor is None else tuple(tensor.shape), reason))
             continue
-        if monai.startswith("vit.patch_embedding.patch_embeddings.") and monai.endswith("weight"):
+        if monai.startswith("vit.patch_embedding.patch_embeddings.") and tensor.ndim > 1:
             # from a convolution or a "perceptron" (dim, p*p*p*c) to (dim, c*p*p*p)
             if tensor.ndim == 2 and tensor.shape[1] % 16**3 == 0:
                 tensor = tensor.unflatten(1, (16, 16, 16, -1)).movedim(-1, 1)

@@ -30,6 +30,7 @@ STORAGES = {
 }
 LARGEST_PICKLE = 64 * 2**20  # bytes; the names of a thousand tensors take 100 KB
 VISITS = 100_000  # a network has a few thousand modules and values; a pickle can name one a million times
+LONGEST_NAME = 1000  # letters; each of many modules could repeat a long one
 VALUES = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -71,6 +72,8 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
         if not waiting:
             return found
         name, value = waiting.pop()
+        if len(name) > LONGEST_NAME:
+            break
         if isinstance(value, Tensor):
             found[name] = value
         elif isinstance(value, Module):

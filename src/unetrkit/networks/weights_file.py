@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from unetrkit.errors import UserError, refuse_pipe
+from unetrkit.errors import UserError, printable, refuse_pipe
 from unetrkit.networks.torchscript import read_torchscript
 
 AGAIN = "download it again and compare its size with the one that the publisher names"
 # in the order in which they are looked for; each was seen in a published file or a trainer's source
 CONTAINERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
+LONGEST_NAME = 200  # letters of a weight
 METADATA = "configs/metadata.json"  # of a MONAI bundle
 # a part of a .pt file is stored as it is; a part that unpacks to far more than the file is a bomb
 INFLATION = 16
@@ -80,20 +81,24 @@ def read_weights(path: Path, *, trust: bool = False) -> Weights:
         return _read(file, path, path.stat().st_size, trust)
 
 
-def _read(file: IO[bytes], path: Path, size: int, trust: bool) -> Weights:
+def _read(file: IO[bytes], path: Path, size: int, trust: bool, *, within: bool = False) -> Weights:
+    """`within`: the file lies in a bundle's zip, as a bundle does not."""
     start = file.read(512)
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
-        return _read_zip(file, path, size, trust)
+        return _read_zip(file, path, size, trust, within=within)
     header = int.from_bytes(start[:8], "little")
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and 2 <= header <= size - 8):
         try:
-            return _weights(safetensors.torch.load(file.read()), path, "safetensors file")
+            # a file is mapped, not read: one of a terabyte of holes costs nothing
+            load = safetensors.torch.load
+            content = load(file.read()) if within else safetensors.torch.load_file(path)
+            return weights_of(content, path, "safetensors file")
         except (SafetensorError, KeyError, ValueError) as error:
             _refuse_by_its_beginning(start, path)
             raise UserError(f"`{path}` is damaged or cut off: {_line(error)}", hint=AGAIN) from error
     if start[:1] == b"\x80":  # after the other, whose length may begin with this byte too
-        return _weights(_loaded(file, path), path, "PyTorch file (old form)")
+        return weights_of(_loaded(file, path), path, "PyTorch file (old form)")
     _refuse_by_its_beginning(start, path)
     hint = "expected a .pt, .pth or .safetensors file, a TorchScript archive, or a MONAI bundle"
     raise UserError(f"`{path}` is no file of weights", hint=hint)
@@ -113,7 +118,7 @@ def _refuse_by_its_beginning(start: bytes, path: Path) -> None:
         raise UserError(f"`{path}` is a packed archive", hint="unpack it and give the file of weights in it")
 
 
-def _read_zip(file: IO[bytes], path: Path, size: int, trust: bool) -> Weights:
+def _read_zip(file: IO[bytes], path: Path, size: int, trust: bool, *, within: bool) -> Weights:
     try:
         archive = zipfile.ZipFile(file)
         parts = {part.filename: part for part in archive.infolist()}
@@ -125,13 +130,13 @@ def _read_zip(file: IO[bytes], path: Path, size: int, trust: bool) -> Weights:
         if any(re.fullmatch(r"([^/]+/)?data\.pkl", name) for name in parts):
             if not any(re.fullmatch(r"([^/]+/)?(constants\.pkl|code/.*)", name) for name in parts):
                 file.seek(0)
-                return _weights(_loaded(file, path), path, "PyTorch file")
-            return _weights(_torchscript(archive, file, path, trust), path, "TorchScript archive")
-        for kind in ("pt", "safetensors", "ts"):
-            for name, part in parts.items():
+                return weights_of(_loaded(file, path), path, "PyTorch file")
+            return weights_of(_torchscript(archive, file, path, trust), path, "TorchScript archive")
+        for kind in () if within else ("pt", "safetensors", "ts"):
+            for name in parts:
                 if re.fullmatch(rf"([^/]+/)?models/model\.{kind}", name):
                     inside = io.BytesIO(archive.read(name))
-                    found = _read(inside, path, part.file_size, trust)
+                    found = _read(inside, path, size, trust, within=True)
                     metadata = name.removesuffix(f"models/model.{kind}") + METADATA
                     return _bundled(found, archive.read(metadata) if metadata in parts else b"")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -181,39 +186,56 @@ def _loaded(file: IO[bytes], path: Path) -> object:
             instead = "where it was made, save `model.state_dict()` instead"
             hint = f"{instead}; or get the weights from another place"
             raise UserError(f"{found}, and reading that could run code", hint=hint) from error
-        raise UserError(f"`{path}` is damaged or cut off: {_line(error)}", hint=AGAIN) from error
+        said, hint, more = text.rpartition("WeightsUnpickler error:")[2], AGAIN, ""
+        if "Unsupported operand" in said:  # of Python's pickle, for objects of other kinds
+            more, hint = ", or holds more than tensors", f"save it with `torch.save`, or {AGAIN}"
+        raise UserError(f"`{path}` is damaged or cut off{more}: {_line(said or error)}", hint=hint) from error
 
 
 def _too_large(path: Path) -> UserError:
     return UserError(f"`{path}` asks for more memory than there is", hint=AGAIN)
 
 
-def _weights(content: object, path: Path, kind: str) -> Weights:
-    """The tensors in what was read: of the first of `CONTAINERS` that there is, else at the top."""
+def weights_of(content: object, path: Path, kind: str) -> Weights:
+    """The tensors in what was read: of the first of `CONTAINERS` that there is, else at the top.
+
+    Raises UserError: there are none by name, or one that has no values, or none that can be computed with.
+    """
     beside: list[str] = []
-    while isinstance(content, Mapping):
-        inner = next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+    for _ in CONTAINERS:  # no deeper: a dictionary can hold itself
+        held = content if isinstance(content, Mapping) else {}
+        inner = next((name for name in CONTAINERS if isinstance(held.get(name), Mapping)), None)
         if inner is None:
             break
-        beside += [str(name) for name in content if name != inner]
-        content = content[inner]
+        beside += [_short(name) for name in held if name != inner]
+        content = held[inner]
     named = content if isinstance(content, Mapping) else {}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    beside += [str(name) for name in named if name not in tensors]
+    beside += [_short(name) for name in named if name not in tensors]
     if not tensors or not all(isinstance(name, str) for name in tensors):
         found = "names of " + ", ".join(f"`{name}`" for name in beside[:5]) if beside else "nothing"
         hint = "expected a state dict: what `model.state_dict()` returns"
         raise UserError(f"`{path}` has no weights by name: it holds {found}", hint=hint)
     for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and not tensor.is_quantized
+        if name != _short(name):
+            raise UserError(f"a name in `{path}` is no weight's: `{_short(name)}`", hint=AGAIN)
+        dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+        shape = "nested" if tensor.is_nested else tuple(tensor.shape)
         # a stride of 0 makes a tensor of any size from one number
-        if not dense or not (tensor.is_meta or tensor.nbytes <= tensor.untyped_storage().nbytes()):
-            found = f"`{name}` in `{path}` is {tuple(tensor.shape)}"
-            message = f"{found}, but its values are not stored one by one"
+        if not dense or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            message = f"`{name}` in `{path}` is {shape}, but its values are not stored one by one"
             raise UserError(message, hint="save it with `.contiguous()`, dense and not quantised")
+        if not tensor.numel() or (tensor.is_floating_point() and tensor.itemsize == 1):
+            message = f"`{name}` in `{path}` is {shape} of {tensor.dtype}, which no network can use"
+            raise UserError(message, hint="save it as float32, and only what holds numbers")
     return Weights(path, kind, tensors, tuple(beside))
 
 
-def _line(error: BaseException) -> str:
+def _short(name: object) -> str:
+    """A name as it can be shown."""
+    return printable(str(name)[:LONGEST_NAME]).replace("\n", "\\n")
+
+
+def _line(said: object) -> str:
     """The first sentence of what a library said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return (str(said).strip().splitlines() or [type(said).__name__])[0][:120]

@@ -199,7 +199,7 @@ def _common_options(settings: LabelEfficiencySettings, store: Store) -> dict[str
             raise UserError(message, hint="make a study of each: random weights must have the same network")
         found = options
         network = build(settings.network, len(plan.channels), len(plan.classes), patch, options)
-        begin(network, settings.network, initial, settings.init_minimum)
+        begin(network, settings.network, initial, options, settings.init_minimum)
     return found or {}
 
 

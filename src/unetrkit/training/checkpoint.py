@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a foreign pickle makes go wrong: struct.error, EOFError, …
         raise UserError(f"`{path}` holds more than tensors and numbers", hint=ANOTHER_RUN) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -24,13 +24,15 @@ from unetrkit.networks import build
 from unetrkit.networks.audit import Audit, match
 from unetrkit.networks.identify import OF_TRAINING, Identity, identify, options_for
 from unetrkit.networks.published import SWIN_LAYOUTS, Named, rename
-from unetrkit.networks.weights_file import Weights, read_weights
+from unetrkit.networks.weights_file import Weights, read_weights, weights_of
 from unetrkit.training import checkpoint
 from unetrkit.training.sharding import complete
 
 MINIMUM = 0.99  # of an encoder: less is a file of something else, or one that is not whole
 PATCH = 16  # voxels a side, of UNETR's grid of patches as published
 Size = tuple[int, int, int]
+LONGEST = 4096  # voxels an axis
+NOTHING = "nothing of it would be used: name the network that it was trained in, or get another file"
 NEWER = "if MONAI 1.5 or newer trained these, say `network_options.merging=full`: "
 
 
@@ -55,24 +57,26 @@ class Initial:
         sizes = self.identity.options if network == self.identity.network else {}
         return options_for(network, {**sizes, **self.needs})
 
-    def match(self, network: nn.Module) -> tuple[dict[str, torch.Tensor], Audit]:
-        """The weights that fit `network`, and what became of each."""
+    def match(self, network: nn.Module, options: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Audit]:
+        """The weights that fit `network`, made with `options`, and what became of each."""
         patch = getattr(network.get_submodule("encoder.embedding"), "patch", PATCH)
         grid = tuple(-(-extent // patch) for extent in self.size) if self.size else None
         state, audit = match(self.named, network, grid)
         notes, monai = [], self.weights.monai
         old = bool(monai) and monai < (1, 5)
-        if audit.layout in SWIN_LAYOUTS and audit.options["merging"] == "published" and not old:
+        if audit.layout in SWIN_LAYOUTS and options.get("merging") == "published" and not old:
             # the zoo's bundles name newer versions from year to year, and their weights stay the same
             tested = (
                 f"the bundle names {'.'.join(map(str, monai))}, with which it was tested, perhaps trained"
             )
             notes = [NEWER + (tested if monai else "the file cannot tell")]
+        if "width" in self.identity.options and "heads" not in options:
+            notes.append("the file cannot tell `heads`: say `network_options.heads=` if there were not 12")
         if self.weights.beside:
             notes.append(
                 "also in the file, not read: " + ", ".join(f"`{n}`" for n in self.weights.beside[:8])
             )
-        return state, replace(audit, options=self.needs, notes=tuple(notes))
+        return state, replace(audit, options=self.identity.options, notes=tuple(notes))
 
 
 def open_initial(path: Path, *, trust: bool = False, size: Size | None = None) -> Initial:
@@ -93,20 +97,25 @@ def open_initial(path: Path, *, trust: bool = False, size: Size | None = None) -
     return Initial(weights, named, identity, sha256_file(weights.path), size or known)
 
 
-def begin(network: nn.Module, name: str, initial: Initial, minimum: float) -> Audit:
-    """Loads what fits into `network`, in place.
+def begin(
+    network: nn.Module, name: str, initial: Initial, options: Mapping[str, Any], minimum: float
+) -> Audit:
+    """Loads what fits into `network`, made with `options`, in place.
 
     Raises UserError where less than `minimum` of the encoder's parameters came from the file: a run that
     begins almost at random would look like one that does not.
     """
-    state, audit = initial.match(network)
+    state, audit = initial.match(network, options)
     if audit.encoder_share < minimum:
         path, own = initial.weights.path, initial.identity
         share, (count, total) = audit.encoder_share, audit.encoder
         message = f"`{path}` has {count:,} of the {total:,} encoder parameters of `{name}`"
         hint = f"it holds {own.words()}; `unetrkit info weights FILE --network {name}` says what "
-        hint += f"does not fit; `init_minimum={_allowing(audit)}` begins all the same"
-        raise UserError(f"{message}: {share:.1%}, less than {minimum:.1%}", hint=hint)
+        allowing = _allowing(audit)
+        hint += f"does not fit; `{allowing}` begins all the same" if allowing else f"does not fit; {NOTHING}"
+        message += f": {share:.1%}, less than {minimum:.1%}"
+        message += f"; {audit.unplaced:,} of its own have no place there" if audit.unplaced else ""
+        raise UserError(message, hint=hint)
     missing, unexpected = network.load_state_dict(state, strict=False)
     if unexpected or {*missing} != {entry.name for entry in audit.missing}:
         raise RuntimeError(f"the audit is wrong about {unexpected or missing}")
@@ -169,23 +178,25 @@ def inspect_weights(
     options = {**automatic, **values}
     with torch.device("meta"):
         built = build(name, in_channels, classes, image_size, options)
-    _, audit = initial.match(built)
+    _, audit = initial.match(built, options)
     said = [f"network_options.{key}={value}" for key, value in options.items() if automatic.get(key) != value]
     if size:
         said.append("init_size=" + ",".join(map(str, size)))
     if trust:
         said.append("init_trust=true")
+    command = ["unetrkit train", name, f"init={shlex.quote(spelt(path))}", *said, "data=STORE"]
     if audit.encoder_share < MINIMUM:
-        said.append(f"init_minimum={_allowing(audit)}")
-        note = f"training wants {MINIMUM:.0%} of an encoder, unless `init_minimum` says less"
+        note, allowing = f"training wants {MINIMUM:.0%} of an encoder", _allowing(audit)
+        note += ", unless `init_minimum` says less" if allowing else f"; {NOTHING}"
         audit = replace(audit, notes=(*audit.notes, note))
-    command = " ".join(["unetrkit train", name, f"init={shlex.quote(spelt(path))}", *said, "data=STORE"])
-    return Inspection(initial, audit, command)
+        command = [*command[:-1], allowing, command[-1]] if allowing else []
+    return Inspection(initial, audit, " ".join(command))
 
 
-def _allowing(audit: Audit) -> float:
-    """The `init_minimum` that lets this file pass."""
-    return floor(100 * audit.encoder_share) / 100
+def _allowing(audit: Audit) -> str:
+    """What lets this file pass; nothing for one of which next to nothing is used."""
+    share = floor(100 * audit.encoder_share) / 100
+    return f"init_minimum={share}" if share else ""
 
 
 def _open(path: Path, trust: bool) -> Weights:
@@ -195,28 +206,41 @@ def _open(path: Path, trust: bool) -> Weights:
     file = path / "state" if path.is_dir() else path
     if file.is_file() and read_start(file, 32).startswith(b'{"format": "unetrkit checkpoint'):
         return _checkpoint(path)
+    if (path / "last").is_file():
+        raise UserError(f"the run `{path}` has no model yet", hint=f"give its checkpoint, `{path / 'last'}`")
     return read_weights(path, trust=trust)
 
 
 def _model(folder: Path) -> Weights:
     """Weights and description of a model folder; the weights must be the described ones."""
     description, file = read_json(folder / FILES[0]), folder / FILES[1]
-    if not isinstance(description, dict) or not str(description.get("format", "")).startswith("unetrkit"):
+    if (
+        not isinstance(description, dict)
+        or not str(description.get("format", "")).startswith("unetrkit")
+        or not isinstance(description.get("options", {}), dict)
+        or not _is_size(description.get("image_size", [1, 1, 1]))
+    ):
         raise UserError(f"`{folder / FILES[0]}` does not describe a model of unetrkit", hint=COPY)
     if sha256_file(file) != description.get("sha256"):
         raise UserError(f"`{file}` is not that of `{FILES[0]}`: its SHA-256 differs", hint=COPY)
     try:
-        return Weights(file, "unetrkit model", safetensors.torch.load_file(file), (), description)
+        found = weights_of(safetensors.torch.load_file(file), file, "unetrkit model")
+        return replace(found, description=description)
     except SafetensorError as error:
         raise UserError(f"`{file}` is not a safetensors file: {error}", hint=COPY) from error
 
 
 def _checkpoint(path: Path) -> Weights:
     """The network in `last` or `best` of a run folder, averaged where the run keeps an average."""
-    learner = complete(checkpoint.load(path), {})["learner"]
-    state = learner.get("best") or learner.get("average") or learner["objective"]
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    run = path.parent
+    try:
+        learner = complete(checkpoint.load(path), {})["learner"]
+        state = learner[next(kept for kept in ("best", "average", "objective") if kept in learner)]
+    except (KeyError, TypeError, IndexError, RuntimeError, StopIteration) as error:
+        raise UserError(
+            f"`{path}` is not the checkpoint of a run", hint="give `last` or `best` of a run"
+        ) from error
+    file = path / "state" if path.is_dir() else path
+    found, run = weights_of(state, file, "unetrkit checkpoint"), path.parent
     if (run / "model" / FILES[0]).is_file():
         description = _model(run / "model").description
     elif (run / "config.yaml").is_file():
@@ -228,23 +252,25 @@ def _checkpoint(path: Path) -> Weights:
         description = {"network": recipe.get("network"), "options": options}
     else:
         description = {}
-    file = path / "state" if path.is_dir() else path
-    return Weights(file, "unetrkit checkpoint", tensors, (), description)
+    return replace(found, beside=(), description=description)
 
 
 def _size(value: object, name: str) -> Size | None:
     if value is None:
         return None
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != 3
-        or any(type(v) is not int or v < 1 for v in value)
-    ):
-        raise UserError(f"`{name}` is `{value}`", hint=f"three sizes in voxels, as in `{name}=96,96,96`")
+    if not _is_size(value):
+        hint = f"three sizes in voxels up to {LONGEST}, as in `{name}=96,96,96`"
+        raise UserError(f"`{name}` is `{value}`", hint=hint)
     return (value[0], value[1], value[2])
+
+
+def _is_size(value: object) -> TypeGuard[Size]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return all(type(one) is int and 1 <= one <= LONGEST for one in value)
 
 
 def _count(value: object, name: str) -> int:
     if type(value) is not int or not 1 <= value <= 10_000:
-        raise UserError(f"`{name}` is `{value}`", hint="expected a whole number from 1")
+        raise UserError(f"`{name}` is `{value}`", hint="expected a whole number from 1 to 10,000")
     return value

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from unetrkit.data.files import atomic_write, write_problems
+from unetrkit.errors import printable
 from unetrkit.ranks import this_rank
 
 PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
@@ -155,7 +156,7 @@ class Progress:
 
 def say(line: str) -> None:
     """A line for people, on stderr."""
-    _console().print(line, markup=False)
+    _console().print(printable(line), markup=False)
 
 
 def _console() -> Console:

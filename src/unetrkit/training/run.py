@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, JsonValue
@@ -27,7 +27,7 @@ from unetrkit.networks import build
 from unetrkit.networks.scaled import seen_as
 from unetrkit.ranks import this_rank
 from unetrkit.training.folder import Job, carry_out
-from unetrkit.training.initial import MINIMUM, begin, open_initial, provenance
+from unetrkit.training.initial import LONGEST, MINIMUM, begin, open_initial, provenance
 from unetrkit.training.learner import Batch, device_of
 from unetrkit.training.log import say
 from unetrkit.training.loop import LoopSettings, State
@@ -35,6 +35,8 @@ from unetrkit.training.losses import LossSettings
 from unetrkit.training.optim import OptimSettings
 from unetrkit.training.segmentation import Segmentation
 from unetrkit.training.validation import Validation, ValidationSettings
+
+Axis = Annotated[int, Field(ge=1, le=LONGEST)]
 
 
 class TrainSettings(Settings):
@@ -54,7 +56,7 @@ class TrainSettings(Settings):
     # let torch compile a TorchScript archive that cannot be read otherwise; its code may run
     init_trust: bool = False
     # the size in voxels that its position embeddings were trained at, where it does not tell
-    init_size: tuple[int, int, int] | None = None
+    init_size: tuple[Axis, Axis, Axis] | None = None
     # null: the data list's own validation cases, else fold 0
     fold: int | None = Field(default=None, ge=0)
     # the first so many of the training cases, in the data list's order; null: all
@@ -144,7 +146,7 @@ def job_of(settings: TrainSettings) -> Job:
     network = build(settings.network, len(plan.channels), len(plan.classes), seen, options)
     about: list[str] = []
     if initial is not None and init is not None:
-        audit = begin(network, settings.network, initial, settings.init_minimum)
+        audit = begin(network, settings.network, initial, options, settings.init_minimum)
         begun = provenance(initial, audit, initial.options(settings.network))
         about = [f"begins with `{spelt(init)}`", *audit.summary(), *audit.notes]
     origin = {"init": begun} if begun else {}
