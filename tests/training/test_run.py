@@ -340,6 +340,25 @@ def test_a_broken_case_ends_a_run_which_then_goes_on_without_it(
     assert capsys.readouterr().err.count("the next case takes its place") == 1
 
 
+def test_a_case_without_a_label_is_named_before_the_first_step(store: Path) -> None:
+    from unetrkit.inference.predict import PredictSettings
+    from unetrkit.training.validation import Validation
+
+    opened = Store.open(store)
+    cases = [opened.cases[0], replace(opened.cases[1], label_file=None)]
+    with pytest.raises(UserError, match=f"`{cases[1].name}` has no label to validate against"):
+        Validation(opened.plan, cases, PredictSettings())
+
+
+@pytest.mark.parametrize("name", ["patch_size", "network_size"])
+def test_the_sizes_that_patches_can_have_are_named(store: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="expected a multiple of 16") as refusal:
+        settings(store, tmp_path / "run", f"sampling.{name}=33,32,32")
+    assert (
+        refusal.value.hint == f"voxels along x, y and z, multiples of 16 up to 512, as in `{name}=96,96,96`"
+    )
+
+
 def test_scans_without_labels_cannot_be_trained_on(store: Path, tmp_path: Path) -> None:
     dataset = read_dataset(store.parent / "dataset.json", unlabelled=True)
     prepare(dataset, make_plan(dataset, workers=1), tmp_path / "store", workers=1)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unetrkit.data.chunks import Triple
-from unetrkit.data.plan import Extent, Intensity, Settings
+from unetrkit.data.plan import PATCH_SIZE, Extent, Intensity, Settings
 from unetrkit.data.store import StoredCase
 
 
@@ -30,9 +30,11 @@ class SamplingSettings(Settings):
     """
 
     # what is cut; None: the plan's
-    patch_size: tuple[Extent, Extent, Extent] | None = None
+    patch_size: Annotated[tuple[Extent, Extent, Extent] | None, Field(description=PATCH_SIZE)] = None
     # what the network sees: a patch is interpolated to it, its label by the nearest voxel; None: the patch
-    network_size: tuple[Extent, Extent, Extent] | None = None
+    network_size: Annotated[
+        tuple[Extent, Extent, Extent] | None, Field(description=PATCH_SIZE.replace("patch", "network"))
+    ] = None
     # patches in a batch, on each rank
     batch_size: Annotated[int, Field(ge=1)] = 2
     # consecutive patches that come from one case, so that its chunks are read while they are warm

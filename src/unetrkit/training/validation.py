@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
@@ -38,9 +39,13 @@ class Validation:
 
     An organ's Dice is its mean over the cases where it is defined (see `evaluation.metrics`), NaN where it is
     defined in none; "dice" is the mean over the organs that have one.
+
+    Raises UserError: a case without a label.
     """
 
     def __init__(self, plan: Plan, cases: Sequence[StoredCase], settings: PredictSettings) -> None:
+        for case in cases:
+            _label(case)
         self._plan = plan
         self._cases = cases
         self._settings = settings
@@ -90,13 +95,8 @@ class Validation:
 
     def _read(self, case: StoredCase) -> np.ndarray:
         """From the label's file: the store is of before it kept them."""
-        if case.label_file is None:
-            raise UserError(
-                f"case `{case.name}` has no label to validate against",
-                hint="give it one in the data list, and run `unetrkit prepare` again",
-            )
         affine = np.asarray(case.grid.affine)
-        label = reorient(read_label(case.label_file), affine)
+        label = reorient(read_label(_label(case)), affine)
         truth = label.array[0]
         if difference := same_grid(affine, case.grid.shape, label.affine, truth.shape):
             raise UserError(
@@ -105,3 +105,11 @@ class Validation:
                 hint="run `unetrkit prepare` again: the file was changed since",
             )
         return truth
+
+
+def _label(case: StoredCase) -> Path:
+    if case.label_file is None:
+        message = f"case `{case.name}` has no label to validate against"
+        hint = "give it one in the data list, and run `unetrkit prepare` again"
+        raise UserError(message, hint=hint)
+    return case.label_file
