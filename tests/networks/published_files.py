@@ -32,11 +32,12 @@ def published_merging() -> type[nn.Module]:
     return Old
 
 
-def swin(channels: int = 1, classes: int = 14, **options: object) -> nn.Module:
-    """Swin UNETR of feature size 12 as it was before MONAI 1.5."""
+def swin(channels: int = 1, classes: int = 14, feature_size: int = 12, **options: object) -> nn.Module:
+    """Swin UNETR as it was before MONAI 1.5."""
     from monai.networks.nets import SwinUNETR
 
-    return shaken(SwinUNETR(channels, classes, feature_size=12, downsample=published_merging(), **options))
+    sizes = {"feature_size": feature_size, "downsample": published_merging()}
+    return shaken(SwinUNETR(channels, classes, **sizes, **options))
 
 
 def checkpoint(state: Mapping[str, Tensor], key: str = "state_dict", **more: object) -> dict[str, object]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from tests.networks.published_files import published_merging, shaken
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 
 from unetrkit.errors import UserError
 from unetrkit.networks import build
-from unetrkit.networks.published import translate
+from unetrkit.networks.audit import match
+from unetrkit.networks.identify import identify
+from unetrkit.networks.published import rename, translate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,17 +70,67 @@ def test_published_merging_equals_monai_before_1_5() -> None:
         assert (other(x) - old).norm() > 0.01 * old.norm()
 
 
+def small_unetr() -> nn.Module:
+    from monai.networks.nets import UNETR
+
+    options = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 4}
+    return shaken(UNETR(2, 3, (32, 32, 32), **options))
+
+
+SLICED = {"relative_positions": "sliced"}
+TRAINED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, object]]] = {
+    "unetr": (small_unetr, "unetr", {"feature_size": 4, "width": 24, "heads": 4, "mlp_ratio": 2.0}),
+    "swin": (swin, "swin_unetr_tiny", SLICED),
+    "swin V2": (partial(swin, use_v2=True), "swin_unetr_tiny", SLICED | {"residual_stages": True}),
+    "old merging": (
+        lambda: swin(downsample=published_merging()),
+        "swin_unetr_tiny",
+        SLICED | {"merging": "published"},
+    ),
+}
+
+
 @pytest.mark.slow
-def test_swin_gradients_equal_monai() -> None:
-    theirs = swin().double()
-    size = (64, 32, 32)
-    ours = ours_like(theirs, "swin_unetr_tiny", size, relative_positions="sliced").double()
+@pytest.mark.parametrize("kind", TRAINED)
+def test_gradients_equal_monai(kind: str) -> None:
+    make, name, options = TRAINED[kind]
+    size = (32, 32, 32) if name == "unetr" else (64, 32, 32)
+    theirs = make().double()
+    ours = ours_like(theirs, name, size, **options).double()
     x = torch.randn(1, 2, *size, dtype=torch.double)
     weight = torch.randn(1, 3, *size, dtype=torch.double)
     for network in (theirs, ours):
         (network(x) * weight).sum().backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_a_vit_autoencoder_of_another_depth_and_its_gradients_equal_monai() -> None:
+    from monai.networks.nets import ViTAutoEnc
+
+    size, small = (32, 32, 32), {"hidden_size": 24, "mlp_dim": 48, "num_layers": 5, "num_heads": 4}
+    theirs = shaken(ViTAutoEnc(2, size, (16, 16, 16), **small)).double()
+    named = rename(theirs.state_dict())
+    ours = build("unetr", 2, 3, size, identify(named, {}).options | {"heads": 4}).double()
+    ours.load_state_dict(match(named, ours)[0], strict=False)
+    x = torch.randn(1, 2, *size, dtype=torch.double)
+    weight = torch.randn(3, 24, 8, dtype=torch.double)
+    _, hidden = theirs(x)
+    expected = torch.cat([hidden[tap].transpose(1, 2) for tap in (1, 2, 3)])
+    found = torch.cat([tokens.flatten(2) for tokens in ours.encoder(x)[:3]])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for answer in (found, expected):
+        (answer * weight).sum().backward()
+    assert_same_gradients(ours.encoder, theirs, "encoder.", untouched=("encoder.blocks.4.", "encoder.norm."))
+
+
+def assert_same_gradients(
+    ours: nn.Module, theirs: nn.Module, prefix: str = "", untouched: tuple[str, ...] = ()
+) -> None:
     expected = translate({name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
+        name = prefix + name
+        if untouched and name.startswith(untouched):
+            continue
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-7, msg=name)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unetrkit.networks import build
 from unetrkit.networks.audit import Audit, match
+from unetrkit.networks.identify import identify
 from unetrkit.networks.published import rename
 from unetrkit.networks.weights_file import read_weights
 
@@ -42,13 +43,13 @@ def autoencoder() -> nn.Module:
 
 
 def through_a_file(
-    path: Path, content: object, network: str, size: tuple[int, ...] = SIZE
+    path: Path, content: object, network: str, size: tuple[int, ...] = SIZE, **more: object
 ) -> tuple[nn.Module, Audit]:
     """Saved, opened and loaded into a network of ours that starts elsewhere."""
     torch.save(content, path)
     named = rename(read_weights(path).tensors)
     torch.manual_seed(1)
-    ours = build(network, 1, 14, size, named.options).eval()
+    ours = build(network, 1, 14, size, identify(named, {}).options | more).eval()
     state, audit = match(named, ours)
     ours.load_state_dict(state, strict=False)
     return ours, audit
@@ -183,3 +184,24 @@ def test_the_residual_convolutions_of_v2_have_names(tmp_path: Path) -> None:
     assert {name for name in named.tensors if ".conv.conv" in name} == convolutions
     assert named.options["residual_stages"] is True
     assert {entry.note for entry in named.left} == {"is computed, not learned"}
+
+
+@torch.no_grad()
+def test_a_swin_unetr_of_the_second_version_and_another_feature_size(tmp_path: Path) -> None:
+    theirs = files.swin(feature_size=24, use_v2=True)
+    ours, audit = through_a_file(tmp_path / "v2.pt", theirs.state_dict(), "swin_unetr_small")
+    x = torch.randn(1, 1, 64, 32, 32)
+    assert_same(ours(x), theirs(x))
+    assert (audit.encoder_share, audit.decoder_share, audit.missing) == (1, 1, ())
+
+
+@torch.no_grad()
+def test_a_unetr_of_another_width_and_its_own_heads(tmp_path: Path) -> None:
+    from monai.networks.nets import UNETR
+
+    sizes = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 36, "num_heads": 4}
+    theirs = files.shaken(UNETR(1, 14, SIZE, **sizes))
+    ours, audit = through_a_file(tmp_path / "unetr.pth", theirs.state_dict(), "unetr", heads=4)
+    x = torch.randn(1, 1, *SIZE)
+    assert_same(ours(x), theirs(x))
+    assert (audit.encoder_share, audit.decoder_share, audit.missing) == (1, 1, ())
