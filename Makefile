@@ -17,8 +17,9 @@ setup: .venv/.installed
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --durations=15 $(TESTS)
 
-# What skips without its extra: Ray, Azure, Synapse, object stores, trackers; in .venv-launch, 2 GB.
-LAUNCH := tests/deployment tests/fetch tests/training/test_trackers.py
+# What skips without its extra: Ray, Azure, Synapse, object stores, trackers; in .venv-launch, 3 GB.
+LAUNCH := tests/deployment tests/fetch tests/data/test_copies.py tests/data/test_remote.py \
+  tests/training/test_folder.py tests/training/test_trackers.py
 test-launch: .venv-launch/.installed
 	OMP_NUM_THREADS=1 .venv-launch/bin/python -m pytest -q --durations=15 $(or $(TESTS),$(LAUNCH))
 

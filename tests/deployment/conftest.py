@@ -21,10 +21,10 @@ def machines() -> Iterator[Any]:
     tests = Path(__file__).parents[1]
     os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(tests), str(tests.parent)])
     os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs here stops the test
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield made
     import ray
 

@@ -16,7 +16,8 @@ from command import CommandLine
 from unetrkit.deployment import ray_training
 from unetrkit.training.run import TrainSettings
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # ray warns about itself
+# ray warns about itself, and takes minutes to start on a machine that others fill
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 FILES = ("model/weights.safetensors", "last", "best", "metrics.jsonl", "run.json")
 
 

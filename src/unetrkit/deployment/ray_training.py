@@ -59,8 +59,8 @@ def run(prepared: Any, address: str | None = None) -> None:
     except SystemExit as stop:  # so Ray answers a signal
         raise Interrupted("stopped", hint="the same command goes on from the last checkpoint") from stop
     except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            if isinstance(cause := getattr(failure, "_base_exc", None), UserError):
+        for cause in error.worker_failures.values():
+            if isinstance(cause, UserError):
                 raise cause from error
         raise
 
