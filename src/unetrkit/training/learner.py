@@ -91,7 +91,7 @@ def build_learner(objective: nn.Module, settings: LoopSettings, optim: OptimSett
     average = None if settings.ema is None else average_of(objective, settings.ema)
     if sharded:
         for part in (objective, average.module) if average else (objective,):
-            shard(part, device, precision)
+            shard(part, device)
     return Learner(
         objective,
         build_optimizer(objective, optim),

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unetrkit.data.files import remove, sha256_file, write_problems
@@ -22,18 +22,15 @@ from unetrkit.training import checkpoint
 from unetrkit.training.distributed import from_all, from_first, share
 
 
-def shard(module: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
-    """Leaves of `module` to each rank its part of every tensor, along the first axis, on its `device`.
-
-    precision: what autocast computes in. On a GPU weights travel in bfloat16 then, and gradients in float32.
-    """
-    mesh, policy = init_device_mesh(device.type, (dist.get_world_size(),)), MixedPrecisionPolicy()
-    if precision == torch.bfloat16 and device.type == "cuda":  # what autocast leaves in float32 stays there
-        policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+def shard(module: nn.Module, device: torch.device) -> None:
+    """Leaves of `module` to each rank its part of every tensor, along the first axis, on its `device`."""
+    # no MixedPrecisionPolicy: autocast casts as without parts, and with bf16 weights the gradient of Swin
+    # UNETR was 1e12 times too large on a CPU, whose attention and norms compute with float32 ones
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     units = [unit for part in module.modules() if isinstance(part, nn.ModuleList) for unit in part]
     for unit in [*reversed(units), module]:  # the inner ones first
         if next(unit.parameters(), None) is not None:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh)
 
 
 def whole(tensor: Tensor) -> Tensor:
