@@ -121,8 +121,11 @@ def _require_export(job: Job, out: Path, state: State) -> None:
     try:
         job.load(out / "model")
     except UserError as problem:
+        weights = checkpoint.load(out / "best")["learner"].get("best")
+        if weights is None:  # of an earlier version
+            raise
         say(f"{problem.message}; writing it again from `{out / 'best'}`")
-        job.objective.load_state_dict(checkpoint.load(out / "best")["learner"]["best"])
+        job.objective.load_state_dict(weights)
         job.export(job.objective, state)
 
 
