@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.command import CommandLine
 from tests.networks import published_files as files
 from tests.training.test_run import settings, store  # noqa: F401
 from torch import Tensor
@@ -15,10 +18,11 @@ from unetrkit.data.files import sha256_file
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model
 from unetrkit.networks import build
+from unetrkit.networks.adapt import resize_positions
 from unetrkit.training import checkpoint
 from unetrkit.training import run as run_module
 from unetrkit.training.initial import inspect_weights, open_initial
-from unetrkit.training.run import train
+from unetrkit.training.run import job_of, train
 
 ONE_STEP = ("loop.steps=1", "loop.validate_every=1")
 # one step at such a rate moves no weight by more than this
@@ -292,3 +296,52 @@ def test_a_run_without_a_model_yet_names_its_checkpoint(tuned: Path, tmp_path: P
     with pytest.raises(UserError, match="has no model yet") as refusal:
         open_initial(tmp_path)
     assert f"`{tmp_path / 'last'}`" in refusal.value.hint
+
+
+def test_a_size_that_was_named_tells_how_positions_lie(store: Path, tmp_path: Path) -> None:  # noqa: F811
+    sizes = {"feature_size": 4, "depth": 3, "width": 24, "heads": 4}
+    state = build("unetr", 1, 3, (48, 32, 16), sizes).state_dict()
+    torch.save(state, tmp_path / "unetr.pt")
+    words = ("network=unetr", f"init={tmp_path / 'unetr.pt'}", "network_options.heads=4")
+    with pytest.raises(UserError, match="6 position embeddings, and the file does not say how they lie"):
+        job_of(settings(store, tmp_path / "run", *words))
+    job = job_of(settings(store, tmp_path / "run", *words, "init_size=48,32,16"))
+    encoder = job.objective.get_submodule("network.encoder")
+    expected = resize_positions(state["encoder.position"], (3, 2, 1), encoder.grid)
+    assert encoder.grid != (3, 2, 1)
+    torch.testing.assert_close(encoder.position.detach(), expected)
+
+
+def test_trust_lets_torch_open_what_cannot_be_read_otherwise(
+    store: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unetrkit: CommandLine,
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl"):
+            archive.writestr(f"x/{name}", b"not what we read")
+    state = files.swin(1, 3).state_dict()
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: SimpleNamespace(state_dict=lambda: state))
+    init = f"init={tmp_path / 'x.pt'}"
+    with pytest.raises(UserError, match="without running its code") as refusal:
+        job_of(settings(store, tmp_path / "run", init))
+    assert "init_trust=true" in refusal.value.hint
+    job = job_of(settings(store, tmp_path / "run", init, "init_trust=true"))
+    embedding = job.objective.get_submodule("network.encoder.embedding").weight
+    assert torch.equal(embedding, state["swinViT.patch_embed.proj.weight"])
+    assert unetrkit("info", "weights", tmp_path / "x.pt").code == 2
+    outcome = unetrkit("info", "weights", tmp_path / "x.pt", "--trust")
+    assert outcome.code == 0 and "init_trust=true" in outcome.err
+
+
+def test_a_terminal_does_not_obey_a_file(tuned: Path, tmp_path: Path, unetrkit: CommandLine) -> None:
+    folder = tmp_path / "a\x1b[2J"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes((tuned / "model/weights.safetensors").read_bytes())
+    description = json.loads((tuned / "model/model.json").read_text())
+    for network, code in {"swin_unetr_tiny": 0, "\x1b]0;owned\x07": 2}.items():
+        (folder / "model.json").write_text(json.dumps(description | {"network": network}))
+        outcome = unetrkit("info", "weights", folder)
+        assert (outcome.code, "\x1b" in outcome.out + outcome.err) == (code, False)
+        assert r"\x1b" in outcome.out + outcome.err
