@@ -85,7 +85,8 @@ def test_painting_equals_monai_in_the_same_boxes(outside: bool) -> None:
     found = paint(Painting(boxes, (outside, outside), seed=3), x)
     for crop, own, result in zip(x, boxes, found, strict=True):
         theirs = RandCoarseDropout(prob=1.0, holes=6, spatial_size=3, dropout_holes=not outside)
-        theirs.randomize(crop.shape[1:])
+        # else one of 20,000 voxels is painted with its own value, once in many runs
+        theirs.set_random_state(0).randomize(crop.shape[1:])
         theirs.hole_coords = [(slice(None), *box) for box in own]
         expected = torch.as_tensor(theirs(crop.clone(), randomize=False))
         same = expected == crop
