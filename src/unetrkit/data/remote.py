@@ -91,7 +91,6 @@ def put(file: Path, url: str, name: str) -> str:
             fs.makedirs(folder, exist_ok=True)
             fs.put_file(str(file), f"{folder}/.{base}.part")
             fs.mv(f"{folder}/.{base}.part", path)
-        fs.invalidate_cache()
         return _token(fs.find(path, detail=True)[path])  # not `info`, which may tell the same in other words
 
     return _attempt("write", f"{url}/{name}", work)
@@ -110,10 +109,11 @@ def _attempt(verb: str, url: str, work: Callable[[Any, str], Found]) -> Found:
     """
     import fsspec.core
 
+    # what another thread has listed may be of before; other file systems keep none, and sftp takes no option
+    options = {"use_listings_cache": False} if url.partition(":")[0] in WHOLE else {}
     for wait in (*WAITS, None):
         try:
-            fs, path = fsspec.core.url_to_fs(url)  # it keeps connections, of each process its own
-            fs.invalidate_cache()
+            fs, path = fsspec.core.url_to_fs(url, **options)  # it keeps connections, of each process its own
             return work(fs, path)
         except ImportError as error:
             if "s3fs" in str(error):
