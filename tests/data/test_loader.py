@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -138,6 +139,8 @@ def test_damage_found_by_a_worker_is_told_as_it_is(tmp_path, workers):
     with pytest.raises(UserError) as caught:
         run(store, 20, cases=["case0"], workers=workers)
     assert caught.value.message.startswith(f"`{file}` is damaged") and "\n" not in caught.value.message
+    # though the error's traceback is held: a program that exits with it would wait for them for ever
+    assert multiprocessing.active_children() == []
 
 
 def test_hint_of_a_worker_arrives(store, monkeypatch):

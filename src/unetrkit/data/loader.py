@@ -188,23 +188,31 @@ def in_order(made: StepBatches, steps: range, workers: int) -> Iterator[Batch]:
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         items = iter(loader)
     said: set[str] = set()
-    for step in steps:
-        try:
-            item = next(items)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            # each process is at one of the next steps: two for each are asked for ahead (torch's default)
-            soon = range(step, min(step + 2 * workers, steps.stop))
-            names = ", ".join(list(dict.fromkeys(f"`{name}`" for s in soon for name in made.cases(s)))[:10])
-            what = f"a process that loads data ended, at one of {names}: {str(error).splitlines()[0]}"
-            hint = "memory or shared memory (/dev/shm) ran out: fewer workers, or smaller batches"
-            raise UserError(what, hint=hint) from error
-        if isinstance(item, UserError):
-            raise item
-        batch, unread = item
-        for folder, what in unread.items():
-            if folder not in said and first_to_say(what):
-                say(f"warning: {what}; the next case takes its place")
-            said.add(folder)
-        yield batch
+    try:
+        for step in steps:
+            try:
+                item = next(items)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                # each process is at one of the next steps: two for each are asked for ahead (torch's default)
+                soon = range(step, min(step + 2 * workers, steps.stop))
+                names = ", ".join(
+                    list(dict.fromkeys(f"`{name}`" for s in soon for name in made.cases(s)))[:10]
+                )
+                what = f"a process that loads data ended, at one of {names}: {str(error).splitlines()[0]}"
+                hint = "memory or shared memory (/dev/shm) ran out: fewer workers, or smaller batches"
+                raise UserError(what, hint=hint) from error
+            if isinstance(item, UserError):
+                raise item
+            batch, unread = item
+            for folder, what in unread.items():
+                if folder not in said and first_to_say(what):
+                    say(f"warning: {what}; the next case takes its place")
+                said.add(folder)
+            yield batch
+    finally:
+        # the traceback of an error holds the iterator, and its processes are deaf to what would end them when
+        # the interpreter exits: it would wait for ever
+        if workers:
+            items._shutdown_workers()  # type: ignore[attr-defined]
