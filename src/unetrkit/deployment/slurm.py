@@ -89,7 +89,7 @@ def submit(
     """Submits `unetrkit WORDS`, its logs in `folder`; in `array` parts if that is given. submitit's jobs.
 
     cluster: `slurm`, or `local` for this machine, where nothing waits for what was submitted before it.
-    Raises UserError without submitit or Slurm, and for a command that has no parts.
+    Raises UserError without submitit or Slurm, and for what cannot be as it was asked for.
     """
     submitit = _submitit()
     jobs: list[Any] = []
@@ -142,6 +142,8 @@ def stages(words: Sequence[str], array: int | None) -> list[list[list[str]]]:
     if words[0] not in STAGES:
         known = ", ".join(f"`{name}`" for name in STAGES)
         raise UserError(f"`{words[0]}` cannot be cut into parts", hint=f"--array is for {known}")
+    if any(word.startswith("--part") for word in words):
+        raise UserError("--array sets `--part` itself", hint="leave out one of them")
     before, after = STAGES[words[0]]
     parts = [f"{k + 1}/{array}" for k in range(array)]
     return [[[*words, "--part", one] for one in stage] for stage in ([before], parts, [after]) if any(stage)]
@@ -149,6 +151,9 @@ def stages(words: Sequence[str], array: int | None) -> list[list[list[str]]]:
 
 def _asked(words: Sequence[str], settings: SlurmSettings, after: str | None) -> dict[str, Any]:
     """For submitit. A job begins when the one before has ended, even badly: it does what is left."""
+    if settings.nodes > 1 and words[0] not in DISTRIBUTED:
+        hint = "one node; --array cuts the work into jobs"
+        raise UserError(f"each of {settings.nodes} nodes would do all of `{words[0]}`", hint=hint)
     found = {
         "name": f"unetrkit-{words[0]}",
         "nodes": settings.nodes,
