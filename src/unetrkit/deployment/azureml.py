@@ -76,24 +76,14 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
     def step(name: str, command: str, takes: str | None, **options: Any) -> Any:
         made = ml.Output(type="uri_folder", mode="rw_mount", path=f"{root}/{name}")
         given = {takes: ml.Input(type="uri_folder", mode="ro_mount")} if takes else {}
-        return ml.command(
-            name=name,
-            command=command,
-            environment=environment,
-            inputs=given,
-            outputs={"out": made},
-            **options,
-        )
+        told = {"name": name, "command": command, "environment": environment, **options}
+        return ml.command(inputs=given, outputs={"out": made}, **told)
 
     secrets = f"python -m unetrkit.deployment.key_vault {shlex.quote(settings.key_vault or '')} -- "
     program = secrets if settings.key_vault else "python -m unetrkit "
     fetch = step("fetch", f"{program}fetch {shlex.quote(settings.fetch or '')} ${{{{outputs.out}}}}", None)
-    plan = shlex.join(settings.prepare)
-    prepare = step(
-        "prepare",
-        f"python -m unetrkit prepare ${{{{inputs.data}}}} ${{{{outputs.out}}}} {plan}".strip(),
-        "data",
-    )
+    plan = " ".join(["${{inputs.data}} ${{outputs.out}}", *map(shlex.quote, settings.prepare)])
+    prepare = step("prepare", f"python -m unetrkit prepare {plan}", "data")
     train = step(
         "train",
         f"python -m unetrkit {shlex.join(words)} data=${{{{inputs.store}}}} out=${{{{outputs.out}}}}",

@@ -42,20 +42,17 @@ def trainer(words: Sequence[str], workers: int, *, gpu: bool, restarts: int) -> 
     `.ray` in the run's folder; in `runs` if that is a URL. Raises UserError as `read`, and without ray.
     """
     settings = read(words)
-    local = settings.out and not url_of(settings.out)
+    records = Path(settings.out if settings.out and not url_of(settings.out) else "runs").absolute()
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
     except ImportError as error:
         raise MissingExtra("`unetrkit launch ray`", "ray") from error
+    again = FailureConfig(max_failures=restarts)
     return TorchTrainer(
         partial(_rank, KINDS[words[0]][1], settings, Path.cwd()),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-        run_config=RunConfig(
-            name=".ray",
-            storage_path=str(Path(settings.out if local else "runs").absolute()),
-            failure_config=FailureConfig(max_failures=restarts),
-        ),
+        run_config=RunConfig(name=".ray", storage_path=str(records), failure_config=again),
     )
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,8 @@ class Job:
         import submitit
 
         if self.child is not None:
-            try:  # without collecting it, for which the interrupted `wait` holds a lock
+            with suppress(ChildProcessError):  # not collected: the interrupted `wait` holds a lock for that
                 os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-            except ChildProcessError:
-                pass
         return submitit.helpers.DelayedSubmission(replace(self, child=None))
 
 
@@ -111,9 +110,7 @@ def scripts(words: Sequence[str], settings: SlurmSettings, folder: Path, array: 
     slurm = getattr(_submitit(), "slurm", None)
     write = getattr(getattr(slurm, "slurm", None), "_make_sbatch_string", None)
     if write is None:  # it is a private name
-        raise UserError(
-            "this version of submitit does not show its scripts", hint="pip install submitit==1.5.4"
-        )
+        raise UserError("this submitit does not show its scripts", hint="pip install submitit==1.5.4")
     texts, after = [], None
     for stage in stages(words, array):
         names = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node"}
