@@ -62,12 +62,37 @@ def test_a_dry_run_writes_the_whole_pipeline(config, unetrkit):
         ("", ["train", "x", "data=store"], "the pipeline trains"),
         ("data: azureml://x\n", ["train", "x"], "one of `fetch` and `data`"),
         ("computes: y\n", ["train", "x"], "`computes` is not a setting"),
+        ("", ["train", "swin_unetr_typo"], "`swin_unetr_typo` is not a packaged recipe"),
+        ("", ["train"], "`` is not a packaged recipe"),
+        ("", ["train", "swin_unetr_base", "optim.lrr=1"], "`optim.lrr` is not a setting"),
+        ("", ["train", "own.yaml"], "`own.yaml` is not a packaged recipe"),
+        ("", ["train", "swin_unetr_base", "init=${{inputs.x}}"], "what begins with `${{`"),
+        ("fetch: nonesuch\n", ["train", "swin_unetr_base"], "there is no data set `nonesuch`"),
+        ("fetch: null\ndata: ../x\n", ["train", "swin_unetr_base"], "Azure ML does not see `../x`"),
     ],
 )
-def test_what_cannot_be_is_refused(config, unetrkit, lines, words, message):
+def test_what_cannot_be_is_refused(config, unetrkit, lines, words, message, monkeypatch):
+    monkeypatch.chdir(config.parent)
+    Path("own.yaml").write_text("{}\n")
     config.write_text(CONFIG + lines)
     refused = unetrkit("launch", "azureml", "--config", config, "--dry-run", "--", *words)
     assert refused.code == 2 and message in refused.err
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"), [("AzureError", "no login"), ("ClientAuthenticationError", ""), ("", "no network")]
+)
+def test_what_azure_does_not_take_is_a_users_error(config, unetrkit, monkeypatch, refusal, said):
+    import azure.ai.ml
+    from azure.core import exceptions
+
+    def refuse(*_: object) -> None:
+        raise getattr(exceptions, refusal, OSError)(f"{said}\nmore")
+
+    monkeypatch.setattr(azure.ai.ml, "MLClient", refuse)
+    refused = unetrkit("launch", "azureml", "--config", config, "--", "train", "swin_unetr_base")
+    message = f"error: Azure ML did not take the pipeline: {said or 'more'}\n"
+    assert (refused.code, refused.out) == (2, "") and message in refused.err and "az login" in refused.err
 
 
 def test_the_extra_is_named_where_azure_is_missing(monkeypatch, tmp_path, unetrkit):

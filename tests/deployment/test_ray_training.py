@@ -98,25 +98,40 @@ def test_a_dry_run_starts_nothing(unetrkit, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "x", "y"], "Ray's workers `train` or `pretrain` a recipe"),
-        (["train"], "Ray's workers `train` or `pretrain` a recipe"),
+        (["predict", "x", "y"], "the processes `train` or `pretrain` a recipe"),
+        (["train"], "the processes `train` or `pretrain` a recipe"),
         (["train", "swin_unetr_tiny", "dat=x"], "`dat` is not a setting"),
         (["pretrain", "swin_heads", "data=x", "--fast"], "`--fast` is not a setting"),
+        (["train", "swin_unetr_tiny", "data=s3://u:secret@b/store"], "holds a password or a key"),
+        (["train", "swin_unetr_tiny", "data=x", "out=s3://b/run?key=secret"], "holds a password or a key"),
+        (["pretrain", "swin_heads", "data=x,s3://u:secret@b/y"], "holds a password or a key"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(unetrkit, words, message):
-    refused = unetrkit("launch", "ray", "--", *words)
-    assert refused.code == 2 and message in refused.err
+    for options in ([], ["--dry-run"]):
+        refused = unetrkit("launch", "ray", *options, "--", *words)
+        assert refused.code == 2 and message in refused.err and "secret" not in refused.out + refused.err
+
+
+@pytest.mark.parametrize(("out", "records"), [("run", "run"), ("s3://b/run", "runs")])
+def test_rays_records_are_in_a_local_folder(tmp_path, monkeypatch, out, records):
+    pytest.importorskip("ray", reason="needs the `ray` extra")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "swin_unetr_tiny", "data=x", f"out={out}"]
+    made = ray_training.trainer(words, 1, gpu=False, restarts=0)
+    assert made.run_config.storage_path == str(tmp_path / records)
 
 
 def test_a_cluster_that_is_not_there(unetrkit):
     pytest.importorskip("ray", reason="needs the `ray` extra")
     words = ("--address", "127.0.0.1:1", "--", "train", "swin_unetr_tiny", "data=x")
     refused = unetrkit("launch", "ray", *words)
+    assert unetrkit("launch", "ray", "--workers", 10**20, *words[2:]).code == 2
     assert refused.code == 2 and "no Ray cluster answers at `127.0.0.1:1`" in refused.err
 
 
 def test_the_extra_is_named_where_ray_is_missing(monkeypatch, unetrkit):
     monkeypatch.setitem(sys.modules, "ray.train", None)
+    assert unetrkit("launch", "ray", "--dry-run", "--", "train", "swin_unetr_tiny", "data=x").code == 0
     refused = unetrkit("launch", "ray", "--", "train", "swin_unetr_tiny", "data=x")
     assert refused.code == 2 and "hint: pip install 'unetrkit[ray]'" in refused.err

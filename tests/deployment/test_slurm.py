@@ -155,6 +155,8 @@ def test_stages_wait_for_each_other(cluster, tmp_path, unetrkit):
         *("--", "prepare", "d.json", "store"),
     )
     assert asked.out.split() == ["701", "702_0", "702_1", "702_2", "703"]
+    assert "the logs of JOB, a line above, are" in asked.err and "#SBATCH --output=" in cluster.read_text()
+    assert f"{tmp_path}/logs/%A_%a_%t_log.out" in cluster.read_text()  # 702_0_0_log.out
     found = re.findall(r"^#SBATCH --(?:dependency|array)=(.*)$", cluster.read_text(), re.MULTILINE)
     assert found == ["0-2%3", "afterany:701", "afterany:702"]
 
@@ -177,6 +179,26 @@ def test_a_machine_without_slurm_and_a_command_without_parts(tmp_path, monkeypat
         submit(["info"], CPU, tmp_path)
     with pytest.raises(UserError, match="`train` cannot be cut into parts"):
         stages(["train", "x"], 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "message"),
+    [
+        (["--hours", "1e300"], "train", "--hours"),
+        (["--hours", "nan"], "train", "--hours"),
+        (["--array", "1000000"], "study", "--array"),
+        (["--sbatch", "mem"], "train", "an option of sbatch is one line"),
+        (["--sbatch", "=4G"], "train", "an option of sbatch is one line"),
+        (["--sbatch", "mem=4G\n#SBATCH --uid=0"], "train", "an option of sbatch is one line"),
+        (["--partition", "a\nb"], "train", "an option of sbatch is one line"),
+        (["--array", 4], "predict --part 1/2", "--array sets `--part` itself"),
+        (["--nodes", 2], "predict", "each of 2 nodes would do all of `predict`"),
+        (["--nodes", 2, "--array", 4], "prepare", "each of 2 nodes would do all of `prepare`"),
+    ],
+)
+def test_what_slurm_cannot_do_is_refused(unetrkit, options, command, message):
+    refused = unetrkit("launch", "slurm", *options, "--dry-run", "--", *command.split(), "x")
+    assert refused.code == 2 and message in refused.err, refused
 
 
 def test_the_extra_is_named_where_submitit_is_missing(monkeypatch, unetrkit):

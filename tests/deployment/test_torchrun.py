@@ -37,7 +37,7 @@ def test_one_process_needs_no_torchrun():
 def test_nodes_meet_at_the_first():
     command = torchrun(["train", "x"], 8, Nodes(2, 1, "gpu-a:20007"), restarts=3)
     assert command[1:] == [
-        *("-m", "torch.distributed.run", "--nproc-per-node=8", "--nnodes=2", "--node-rank=1"),
+        *("-m", "unetrkit.deployment.torchrun", "--nproc-per-node=8", "--nnodes=2", "--node-rank=1"),
         *("--master-addr=gpu-a", "--master-port=20007", "--max-restarts=3", "-m", "unetrkit", "train", "x"),
     ]
 
@@ -54,6 +54,14 @@ def test_two_processes_of_this_machine_run_the_command():
 def test_the_exit_code_is_the_commands(unetrkit):
     assert run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
     assert unetrkit("launch", "local", "--", "info", "nonsense").code == 2
+
+
+def test_a_users_error_in_several_processes_is_one_and_anothers_keeps_its_trace(capfd):
+    assert run(torchrun(["info", "nonsense"], 2)) == 2
+    printed = capfd.readouterr().err
+    assert printed.count("error: ") == 1 and "Traceback" not in printed and "ChildFailedError" not in printed
+    assert run([*torchrun([], 2)[:-1], "timeit", "raise ValueError"]) == 1
+    assert "ChildFailedError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

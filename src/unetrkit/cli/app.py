@@ -43,19 +43,17 @@ On = Annotated[
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@app.callback()
-def _version(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked))
-    ] = False,
-) -> None:
-    """The options of `unetrkit` itself."""
-
-
 def _show_version(asked: bool) -> None:
     if asked:
         print(f"unetrkit {__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,
+) -> None:
+    """The options of `unetrkit` itself."""
 
 
 def say(text: str) -> None:

@@ -67,7 +67,7 @@ def slurm(
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="And so many processes on each node.")] = 1,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="Cores of each node.")] = 8,
-    hours: Annotated[float, typer.Option(min=0.05, help="The limit of one job.")] = 24,
+    hours: Annotated[float, typer.Option(min=0.05, max=10_000, help="The limit of one job.")] = 24,
     requeues: Annotated[int, typer.Option(min=0, help="Go on so often after that limit.")] = 100,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,
@@ -75,7 +75,7 @@ def slurm(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other option: --sbatch mem=200G")
     ] = None,
     array: Annotated[
-        int | None, typer.Option(min=2, help="Of prepare, predict, study: cut the work into so many jobs.")
+        int | None, typer.Option(min=2, max=10_000, help="Jobs for the work of prepare, predict, study.")
     ] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs; all nodes must see it.")] = Path("slurm"),
     dry_run: DryRun = False,
@@ -88,7 +88,10 @@ def slurm(
     """
     from unetrkit.deployment.slurm import SlurmSettings, scripts, submit
 
-    pairs = dict(one.partition("=")[::2] for one in sbatch or [])
+    given = sbatch or []
+    pairs = dict(one.split("=", 1) for one in given if "=" in one.strip("="))
+    if len(pairs) < len(given) or not f"{partition}{account}{''.join(given)}".isprintable():
+        raise UserError("an option of sbatch is one line, and given once", hint="--sbatch NAME=VALUE")
     settings = SlurmSettings(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -104,7 +107,7 @@ def slurm(
         return
     jobs = submit(_command(words), settings, logs, array)
     print("\n".join(job.job_id for job in jobs))
-    say(f"next: squeue --me; the logs are {quoted(logs)}/JOB_0_log.out")
+    say(f"next: squeue --me; the logs of JOB, a line above, are {quoted(logs)}/JOB_0_log.out")
 
 
 @launch.command()
@@ -113,7 +116,7 @@ def ray(
     address: Annotated[
         str | None, typer.Option(help="HOST:6379; else RAY_ADDRESS, or the cluster of this machine.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train as one.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=10_000, help="Processes that train as one.")] = 1,
     gpus_per_worker: Annotated[int, typer.Option(min=0, max=1)] = 1,
     restarts: Annotated[int, typer.Option(min=0, help="Go on so often when a worker was lost.")] = 3,
     dry_run: DryRun = False,
@@ -124,14 +127,14 @@ def ray(
 
     Example: unetrkit launch ray --workers 4 -- train swin_unetr_base data=store out=run
     """
-    from unetrkit.deployment.ray_training import run, trainer
+    from unetrkit.deployment.ray_training import read, run, trainer
 
-    prepared = trainer(words, workers, gpu=gpus_per_worker > 0, restarts=restarts)
     if dry_run:
+        read(words)
         own = "GPU" if gpus_per_worker else "core"
         print(f"{many(workers, 'worker')}, a {own} for each: unetrkit {shlex.join(words)}")
     else:
-        run(prepared, address)
+        run(trainer(words, workers, gpu=gpus_per_worker > 0, restarts=restarts), address)
 
 
 @launch.command()

@@ -34,10 +34,7 @@ def train(
 
 
 def pretrain(
-    recipe: Annotated[
-        str,
-        typer.Argument(help="A recipe (swin_heads, …), a YAML file, or RUN/config.yaml."),
-    ],
+    recipe: Annotated[str, typer.Argument(help="A recipe (swin_heads, …), a YAML file, or RUN/config.yaml.")],
     override: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings: data=STORE, loop.steps=5000")
     ] = None,

@@ -42,16 +42,11 @@ def predict(
     if part is None and rank.world > 1:  # what torchrun starts several of
         part = f"{rank.rank + 1}/{rank.world}"
     settings = apply_overrides(PredictSettings, override or [])
-    with progress("predicting") as report_progress:
+    choice = Choice(split, Part.read(part) if part else None, allow_outside)
+    with progress("predicting") as report:
+        each = None if on is None else each_on(on, gpu=settings.device != "cpu")
         labels = predict_cases(
-            scans,
-            out,
-            model,
-            settings,
-            Choice(split, Part.read(part) if part else None, allow_outside),
-            overwrite=overwrite,
-            progress=report_progress,
-            each=None if on is None else each_on(on, gpu=settings.device != "cpu"),
+            scans, out, model, settings, choice, overwrite=overwrite, progress=report, each=each
         )
     which = f", part {part}" if part else ""
     say(f"wrote {many(len(labels), 'label map')} in `{out}`{which}")
@@ -78,15 +73,9 @@ def evaluate(
     from unetrkit.progress import progress
 
     dataset = read_dataset(data, allow_outside=allow_outside)
-    with progress("evaluating") as report_progress:
+    with progress("evaluating") as report:
         summary = evaluate_cases(
-            predictions,
-            dataset,
-            out,
-            tolerance_mm=tolerance_mm,
-            run=run,
-            workers=workers,
-            progress=report_progress,
+            predictions, dataset, out, tolerance_mm=tolerance_mm, run=run, workers=workers, progress=report
         )
     print(summary.table())
     say(f"next: open {out / 'report.html'}")

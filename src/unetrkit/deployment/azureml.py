@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
-from unetrkit.config import Settings
-from unetrkit.errors import MissingExtra, UserError
+from unetrkit.config import Settings, recipes
+from unetrkit.deployment.ray_training import read
+from unetrkit.errors import MissingExtra, UserError, nearest
+from unetrkit.fetch.catalogue import published
 
 IMAGE = "mcr.microsoft.com/azureml/openmpi4.1.0-cuda11.8-cudnn8-ubuntu22.04"
 VAULT_PACKAGES = ("azure-identity", "azure-keyvault-secrets")
@@ -48,7 +50,7 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
 
     words: `train RECIPE KEY=VALUE …` without `data` and `out`, which are the pipeline's. All three steps
     write into folders of the mounted datastore, so that each goes on when the pipeline is submitted again.
-    Raises UserError without azure-ai-ml, and for a pipeline that it finds wrong.
+    Raises UserError without azure-ai-ml, for words that do not train, and for a pipeline that it finds wrong.
     """
     ml = _azure()
     if words[0] not in ("train", "pretrain") or any(word.startswith(("data=", "out=")) for word in words):
@@ -56,6 +58,16 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
         raise UserError("the pipeline trains, and sets `data` and `out` itself", hint=hint)
     if (settings.fetch is None) == (settings.data is None):
         raise UserError("one of `fetch` and `data` says where the scans are", hint="leave out the other")
+    if settings.fetch is not None:
+        published(settings.fetch)
+    elif not str(settings.data).startswith("azureml:"):
+        raise UserError(f"Azure ML does not see `{settings.data}`", hint="`data: azureml://datastores/…`")
+    if any("${{" in word for word in (*words, *settings.prepare)):
+        raise UserError("Azure ML fills in what begins with `${{`", hint="write the value itself")
+    recipe, known = "".join(words[1:2]), dict(recipes())
+    if recipe not in known:  # a file of this machine is not there
+        raise UserError(f"`{recipe}` is not a packaged recipe", hint=nearest(recipe, known))
+    read([*words, "data=store", "out=run"])
     packages = [*settings.packages, *(VAULT_PACKAGES if settings.key_vault else ())]
     conda = {"name": "unetrkit", "dependencies": [f"python={settings.python}", "pip", {"pip": packages}]}
     environment = ml.entities.Environment(name="unetrkit", image=settings.image, conda_file=conda)
@@ -64,24 +76,14 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
     def step(name: str, command: str, takes: str | None, **options: Any) -> Any:
         made = ml.Output(type="uri_folder", mode="rw_mount", path=f"{root}/{name}")
         given = {takes: ml.Input(type="uri_folder", mode="ro_mount")} if takes else {}
-        return ml.command(
-            name=name,
-            command=command,
-            environment=environment,
-            inputs=given,
-            outputs={"out": made},
-            **options,
-        )
+        told = {"name": name, "command": command, "environment": environment, **options}
+        return ml.command(inputs=given, outputs={"out": made}, **told)
 
     secrets = f"python -m unetrkit.deployment.key_vault {shlex.quote(settings.key_vault or '')} -- "
     program = secrets if settings.key_vault else "python -m unetrkit "
     fetch = step("fetch", f"{program}fetch {shlex.quote(settings.fetch or '')} ${{{{outputs.out}}}}", None)
-    plan = shlex.join(settings.prepare)
-    prepare = step(
-        "prepare",
-        f"python -m unetrkit prepare ${{{{inputs.data}}}} ${{{{outputs.out}}}} {plan}".strip(),
-        "data",
-    )
+    plan = " ".join(["${{inputs.data}} ${{outputs.out}}", *map(shlex.quote, settings.prepare)])
+    prepare = step("prepare", f"python -m unetrkit prepare {plan}", "data")
     train = step(
         "train",
         f"python -m unetrkit {shlex.join(words)} data=${{{{inputs.store}}}} out=${{{{outputs.out}}}}",
@@ -108,10 +110,16 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
 def submit(settings: AzureSettings, words: Sequence[str]) -> Any:
     """Submits the pipeline as who is logged in (`az login`, a managed identity, …); the job in Azure."""
     job = pipeline(settings, words)
+    from azure.core.exceptions import AzureError
     from azure.identity import DefaultAzureCredential
 
     ids = settings.subscription_id, settings.resource_group, settings.workspace_name
-    return _azure().MLClient(DefaultAzureCredential(), *ids).jobs.create_or_update(job)
+    try:
+        return _azure().MLClient(DefaultAzureCredential(), *ids).jobs.create_or_update(job)
+    except (AzureError, OSError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "`az login`; check subscription_id, resource_group and workspace_name"
+        raise UserError(f"Azure ML did not take the pipeline: {why}", hint=hint) from error
 
 
 def _azure() -> Any:

@@ -19,7 +19,5 @@ def read_secrets(vault: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":  # python -m unetrkit.deployment.key_vault VAULT -- COMMAND …
-    words = sys.argv[3:]
-    os.execve(  # noqa: S606
-        sys.executable, [sys.executable, "-m", "unetrkit", *words], os.environ | read_secrets(sys.argv[1])
-    )
+    program = [sys.executable, "-m", "unetrkit", *sys.argv[3:]]
+    os.execve(program[0], program, os.environ | read_secrets(sys.argv[1]))  # noqa: S606

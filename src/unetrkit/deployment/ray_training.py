@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unetrkit.config import load_recipe
+from unetrkit.data.remote import url_of
 from unetrkit.deployment.ray_tasks import connect
 from unetrkit.errors import Interrupted, MissingExtra, UserError
 from unetrkit.memory import keep_freed_memory
@@ -21,30 +22,37 @@ KINDS: dict[str, tuple[Any, Callable[[Any], object]]] = {
 }
 
 
+def read(words: Sequence[str]) -> Any:
+    """The settings of `train RECIPE KEY=VALUE …`. Raises UserError for others, and for a key in a URL."""
+    if words[0] not in KINDS or len(words) == 1:
+        hint = "as in `unetrkit launch ray -- train swin_unetr_base data=store out=run`"
+        raise UserError("the processes `train` or `pretrain` a recipe", hint=hint)
+    settings = load_recipe(KINDS[words[0]][0], words[1], words[2:])
+    for value in dict(settings).values():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Path):
+                url_of(one)
+    return settings
+
+
 def trainer(words: Sequence[str], workers: int, *, gpu: bool, restarts: int) -> Any:
     """Ray's trainer whose workers are the ranks of `unetrkit WORDS`, a GPU for each; nothing is started.
 
     Their paths are those of the folder where this is called: all machines must see it. Ray's own records are
-    `.ray` in the run's folder. Raises UserError without ray, and for words that do not train.
+    `.ray` in the run's folder; in `runs` if that is a URL. Raises UserError as `read`, and without ray.
     """
-    if words[0] not in KINDS or len(words) == 1:
-        hint = "as in `unetrkit launch ray -- train swin_unetr_base data=store out=run`"
-        raise UserError("Ray's workers `train` or `pretrain` a recipe", hint=hint)
-    kind, work = KINDS[words[0]]
-    settings = load_recipe(kind, words[1], words[2:])
+    settings = read(words)
+    records = Path(settings.out if settings.out and not url_of(settings.out) else "runs").absolute()
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
     except ImportError as error:
         raise MissingExtra("`unetrkit launch ray`", "ray") from error
+    again = FailureConfig(max_failures=restarts)
     return TorchTrainer(
-        partial(_rank, work, settings, Path.cwd()),
+        partial(_rank, KINDS[words[0]][1], settings, Path.cwd()),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-        run_config=RunConfig(
-            name=".ray",
-            storage_path=str(Path(settings.out or "runs").absolute()),
-            failure_config=FailureConfig(max_failures=restarts),
-        ),
+        run_config=RunConfig(name=".ray", storage_path=str(records), failure_config=again),
     )
 
 

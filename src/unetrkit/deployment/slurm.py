@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,8 @@ class Job:
         import submitit
 
         if self.child is not None:
-            try:  # without collecting it, for which the interrupted `wait` holds a lock
+            with suppress(ChildProcessError):  # not collected: the interrupted `wait` holds a lock for that
                 os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-            except ChildProcessError:
-                pass
         return submitit.helpers.DelayedSubmission(replace(self, child=None))
 
 
@@ -89,7 +88,7 @@ def submit(
     """Submits `unetrkit WORDS`, its logs in `folder`; in `array` parts if that is given. submitit's jobs.
 
     cluster: `slurm`, or `local` for this machine, where nothing waits for what was submitted before it.
-    Raises UserError without submitit or Slurm, and for a command that has no parts.
+    Raises UserError without submitit or Slurm, and for what cannot be as it was asked for.
     """
     submitit = _submitit()
     jobs: list[Any] = []
@@ -111,9 +110,7 @@ def scripts(words: Sequence[str], settings: SlurmSettings, folder: Path, array: 
     slurm = getattr(_submitit(), "slurm", None)
     write = getattr(getattr(slurm, "slurm", None), "_make_sbatch_string", None)
     if write is None:  # it is a private name
-        raise UserError(
-            "this version of submitit does not show its scripts", hint="pip install submitit==1.5.4"
-        )
+        raise UserError("this submitit does not show its scripts", hint="pip install submitit==1.5.4")
     texts, after = [], None
     for stage in stages(words, array):
         names = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node"}
@@ -142,6 +139,8 @@ def stages(words: Sequence[str], array: int | None) -> list[list[list[str]]]:
     if words[0] not in STAGES:
         known = ", ".join(f"`{name}`" for name in STAGES)
         raise UserError(f"`{words[0]}` cannot be cut into parts", hint=f"--array is for {known}")
+    if any(word.startswith("--part") for word in words):
+        raise UserError("--array sets `--part` itself", hint="leave out one of them")
     before, after = STAGES[words[0]]
     parts = [f"{k + 1}/{array}" for k in range(array)]
     return [[[*words, "--part", one] for one in stage] for stage in ([before], parts, [after]) if any(stage)]
@@ -149,6 +148,9 @@ def stages(words: Sequence[str], array: int | None) -> list[list[list[str]]]:
 
 def _asked(words: Sequence[str], settings: SlurmSettings, after: str | None) -> dict[str, Any]:
     """For submitit. A job begins when the one before has ended, even badly: it does what is left."""
+    if settings.nodes > 1 and words[0] not in DISTRIBUTED:
+        hint = "one node; --array cuts the work into jobs"
+        raise UserError(f"each of {settings.nodes} nodes would do all of `{words[0]}`", hint=hint)
     found = {
         "name": f"unetrkit-{words[0]}",
         "nodes": settings.nodes,

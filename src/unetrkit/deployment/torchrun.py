@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from unetrkit.errors import ExitCode
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,7 +34,7 @@ def torchrun(words: Sequence[str], processes: int, nodes: Nodes = ONE_NODE, rest
     restarts: how often all of them begin again when one has died; training goes on from its checkpoint.
 
     >>> torchrun(["info", "environment"], 2)[1:]  # doctest: +ELLIPSIS
-    ['-m', 'torch.distributed.run', '--nproc-per-node=2', ..., '-m', 'unetrkit', 'info', 'environment']
+    ['-m', 'unetrkit.deployment.torchrun', '--nproc-per-node=2', ..., 'unetrkit', 'info', 'environment']
     """
     if processes * nodes.count == 1:
         return [sys.executable, "-m", "unetrkit", *words]
@@ -42,7 +44,7 @@ def torchrun(words: Sequence[str], processes: int, nodes: Nodes = ONE_NODE, rest
         meeting = [f"--nnodes={nodes.count}", f"--node-rank={nodes.number}"]
         meeting += [f"--master-addr={host}", f"--master-port={port}"]
     options = [f"--nproc-per-node={processes}", *meeting, f"--max-restarts={restarts}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "unetrkit", *words]
+    return [sys.executable, "-m", "unetrkit.deployment.torchrun", *options, "-m", "unetrkit", *words]
 
 
 def run(command: Sequence[str], grace_seconds: int = 120) -> int:
@@ -96,3 +98,15 @@ def forwarding(child: subprocess.Popen[bytes], signals: Sequence[signal.Signals]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+if __name__ == "__main__":  # torchrun itself ends with 1 and a trace, whatever a process has said before
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main()
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != ExitCode.WRONG_USE:
+            raise
+        sys.exit(ExitCode.WRONG_USE)
