@@ -63,8 +63,8 @@ def put_in_place(new: Path, path: Path, aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all that is in it, or nothing where there is none."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Removes a file, a link, a folder with all that is in it, or nothing where there is none."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -130,12 +130,14 @@ def alone(lock: Path, otherwise: str, *, shared: bool = False) -> Iterator[None]
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal. Raises UserError where it cannot be read."""
-    with read_problems(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with read_problems(path):
+        refuse_pipe(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_start(path: Path, size: int) -> bytes:
-    """At most `size` bytes of a file. Raises UserError where it cannot be read, or is a pipe or a device."""
+    """At most `size` bytes of a file, all for -1. Raises UserError for what cannot be read, or is a pipe."""
     with read_problems(path):
         refuse_pipe(path)
         with open(path, "rb") as file:

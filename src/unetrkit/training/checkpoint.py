@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from unetrkit.data.files import atomic_write, put_in_place, read_problems, remove, sha256_file, write_problems
-from unetrkit.errors import UserError
+from unetrkit.errors import UserError, refuse_pipe
 
 FORMAT = "unetrkit checkpoint 2"
 HEADER = 256  # bytes, padded with spaces
@@ -52,19 +52,21 @@ def load(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         state = load(path / "state") | {"folder": str(path)}
-        for name, digest in state["shards"].items():
-            if sha256_file(path / name) != digest:
-                raise UserError(f"`{path / name}` is damaged", hint=ANOTHER_RUN)
+        # all that FSDP's reader would find there, and nothing elsewhere
+        if state.get("shards") != {file.name: sha256_file(file) for file in path.glob("*.safetensors")}:
+            raise UserError(f"`{path}` is damaged", hint=ANOTHER_RUN)
         return state
-    with read_problems(path), open(path, "rb") as file:
-        header = file.read(HEADER)
-        if not header.startswith(json.dumps({"format": FORMAT})[:-1].encode()):
-            raise UserError(f"`{path}` is not a checkpoint of this version of unetrkit", hint=ANOTHER_RUN)
-        content = file.read()
+    with read_problems(path):
+        refuse_pipe(path)
+        with open(path, "rb") as file:
+            header = file.read(HEADER)
+            if not header.startswith(json.dumps({"format": FORMAT})[:-1].encode()):
+                raise UserError(f"`{path}` is not a checkpoint of this version of unetrkit", hint=ANOTHER_RUN)
+            content = file.read()
     if header != _header(content):
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return {**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)}
     except Exception as error:  # what a foreign pickle makes go wrong: struct.error, EOFError, …
         raise UserError(f"`{path}` holds more than tensors and numbers", hint=ANOTHER_RUN) from error
 

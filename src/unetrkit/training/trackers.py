@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from unetrkit.config import flatten, listed, read_recipe
-from unetrkit.data.files import atomic_write
+from unetrkit.data.files import atomic_write, read_start
 from unetrkit.errors import MissingExtra
 from unetrkit.training.log import say
 
@@ -180,7 +180,7 @@ def _settings(folder: Path) -> dict[str, object]:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Those of a run that goes on, up to a torn or a damaged line, which `Metrics` sees to."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    for line in read_start(path, -1).splitlines(keepends=True) if path.exists() else ():
         try:
             record = json.loads(line)
             known = line.endswith(b"\n") and {"step", "event"} <= record.keys()
