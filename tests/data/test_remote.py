@@ -82,6 +82,14 @@ def test_settings_keep_a_url_as_it_was_written() -> None:
     assert settings.out is not None and placed(settings.out) == Path.cwd() / "runs/a"
 
 
+@pytest.mark.parametrize(("name", "message"), [("n" * 300, "File name too long"), ("a\0b", "null byte")])
+def test_what_no_path_can_be_is_said(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        placed(tmp_path / name)
+    (tmp_path / "file").touch()
+    assert placed(tmp_path / "file" / "in") == tmp_path / "file" / "in"
+
+
 def test_what_is_put_is_listed_and_got_until_it_changes(elsewhere: Path, tmp_path: Path) -> None:
     url, here = spelt(elsewhere / "folder"), tmp_path / "here"
     assert listing(url) == {}

@@ -5,12 +5,13 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainSerializer
 
-from unetrkit.data.files import write_problems
+from unetrkit.data.files import read_problems, write_problems
 from unetrkit.errors import MissingExtra, UserError
 
 URL = re.compile(r"(?s)([A-Za-z][A-Za-z0-9+.-]+):(?:/(.*))?")  # not C:/; of `s3://` Path keeps `s3:`
@@ -51,8 +52,15 @@ def spelt(path: Path) -> str:
 
 
 def placed(path: Path) -> Path:
-    """The same from any folder; a URL is that already."""
-    return path if url_of(path) else path.resolve()
+    """The same from any folder; a URL is that already. Raises UserError for what no path can be."""
+    if url_of(path):
+        return path
+    try:
+        with read_problems(path), suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+        return path.resolve()
+    except ValueError as error:
+        raise UserError(f"`{path}` is no path: {error}", hint="write another path") from error
 
 
 # of settings: a local path, or a URL
