@@ -147,14 +147,14 @@ def to_yaml(settings: Settings) -> str:
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted names and values.
+    """Dotted names and values; of an empty mapping there are none.
 
-    >>> flatten({"optim": {"lr": 0.1}, "fold": 2})
+    >>> flatten({"optim": {"lr": 0.1}, "fold": 2, "network_options": {}})
     {'optim.lr': 0.1, 'fold': 2}
     """
     flat: dict[str, object] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -69,8 +69,9 @@ def test_a_torn_last_falls_back_to_the_previous_with_a_notice(tmp_path: Path) ->
     (tmp_path / "last").unlink()
     assert load_last(tmp_path, refuse_to_warn)["step"] == 2
     (tmp_path / "previous").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint") as caught:
         load_last(tmp_path, said.append)
+    assert "a backup" in caught.value.hint
 
 
 class Canary:

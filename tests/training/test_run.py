@@ -188,6 +188,7 @@ def test_a_damaged_model_of_a_finished_run_is_written_again(
         ("loop.steps=3", "holds a run of 4 steps, not of 3"),
         ("network=unetr", r"its `network` is \"swin_unetr_tiny\", not \"unetr\""),
         ("fold=1", "its `fold` is null, not 1"),
+        ("network_options={feature_size: 24}", r"its `network_options\.feature_size` is null, not 24"),
     ],
 )
 def test_another_run_s_folder_is_refused(store: Path, whole: Path, change: str, message: str) -> None:
@@ -214,6 +215,10 @@ def test_changed_data_is_refused(store: Path, whole: Path, tmp_path: Path) -> No
     (out / "run.json").write_text(json.dumps(record | {"sources": before}))
     with pytest.raises(UserError, match="has other images or labels than when the run in"):
         train(settings(store, out))
+    for other in ("[]", "null"):
+        (out / "run.json").write_text(other)
+        with pytest.raises(UserError, match=r"run\.json` is not what a run wrote"):
+            train(settings(store, out))
     (out / "run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json`, which says what .* is missing"):
         train(settings(store, out))

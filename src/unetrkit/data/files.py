@@ -81,8 +81,9 @@ def write_problems(path: Path) -> Iterator[None]:
 
 @contextmanager
 def read_problems(path: Path) -> Iterator[None]:
-    """Turns what the operating system says about reading `path` into a UserError."""
+    """Turns what the operating system says about reading `path`, or a pipe, into a UserError."""
     try:
+        refuse_pipe(path)
         yield
     except FileNotFoundError as error:
         raise UserError(f"there is no file `{path}`", hint=_where_instead(path)) from error
@@ -130,18 +131,14 @@ def alone(lock: Path, otherwise: str, *, shared: bool = False) -> Iterator[None]
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal. Raises UserError where it cannot be read."""
-    with read_problems(path):
-        refuse_pipe(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    with read_problems(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_start(path: Path, size: int) -> bytes:
     """At most `size` bytes of a file, all for -1. Raises UserError for what cannot be read, or is a pipe."""
-    with read_problems(path):
-        refuse_pipe(path)
-        with open(path, "rb") as file:
-            return file.read(size)
+    with read_problems(path), open(path, "rb") as file:
+        return file.read(size)
 
 
 def read_json(path: Path) -> object:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from unetrkit.data.files import atomic_write, put_in_place, read_problems, remove, sha256_file, write_problems
-from unetrkit.errors import UserError, refuse_pipe
+from unetrkit.errors import UserError
 
 FORMAT = "unetrkit checkpoint 2"
 HEADER = 256  # bytes, padded with spaces
-ANOTHER_RUN = "start again in another folder, with `out=…`"
+ANOTHER_RUN = "restore it from a backup, or start again in another folder, with `out=…`"
 
 
 def save(path: Path, state: Mapping[str, object]) -> None:
@@ -56,13 +56,11 @@ def load(path: Path) -> dict[str, Any]:
         if state.get("shards") != {file.name: sha256_file(file) for file in path.glob("*.safetensors")}:
             raise UserError(f"`{path}` is damaged", hint=ANOTHER_RUN)
         return state
-    with read_problems(path):
-        refuse_pipe(path)
-        with open(path, "rb") as file:
-            header = file.read(HEADER)
-            if not header.startswith(json.dumps({"format": FORMAT})[:-1].encode()):
-                raise UserError(f"`{path}` is not a checkpoint of this version of unetrkit", hint=ANOTHER_RUN)
-            content = file.read()
+    with read_problems(path), open(path, "rb") as file:
+        header = file.read(HEADER)
+        if not header.startswith(json.dumps({"format": FORMAT})[:-1].encode()):
+            raise UserError(f"`{path}` is not a checkpoint of this version of unetrkit", hint=ANOTHER_RUN)
+        content = file.read()
     if header != _header(content):
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:

@@ -148,9 +148,11 @@ def _open(out: Path, job: Job) -> None:
                 f"`{record}`, which says what the run was trained on, is missing",
                 hint="restore it, or begin a new run with another `out`",
             )
-        began = read_json(record) if record.exists() else job.made_of
+        began = read_json(record) if record.exists() else {**job.made_of}
+        if not isinstance(began, dict):
+            raise UserError(f"`{record}` is not what a run wrote", hint="restore it, or name another `out`")
         for name, value in json.loads(json.dumps({**job.made_of})).items():
-            if not isinstance(began, dict) or began.get(name) != value:
+            if began.get(name) != value:
                 what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
                 message = f"the data has {what or f'other {name} cases'} than when the run in `{out}` began"
                 if name == "init":
