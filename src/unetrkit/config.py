@@ -39,8 +39,7 @@ def load_recipe(settings: type[S], recipe: str | Path, overrides: Sequence[str] 
         if name in values and name not in settings.model_fields:
             message = f"`{recipe}` is a recipe of `unetrkit {command}`"
             raise UserError(message, hint=f"`unetrkit {command} {recipe} …`")
-    # after a command line's words it is they that lack something
-    source = f"`{recipe}`" if isinstance(recipe, Path) and not overrides else ""
+    source = f"`{recipe}`" if isinstance(recipe, Path) and not overrides else ""  # else words may lack it
     return settings_from(settings, overridden(values, overrides), source)
 
 

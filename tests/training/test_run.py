@@ -33,6 +33,7 @@ from unetrkit.training.folder import LOCK
 from unetrkit.training.guards import space_of
 from unetrkit.training.learner import build_learner
 from unetrkit.training.run import Patches, TrainSettings, job_of, train
+from unetrkit.training.trackers import PACKAGES
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,15 @@ def test_wrong_settings_are_found_before_a_folder_is_made(store: Path, tmp_path:
     ):
         with pytest.raises(UserError, match=message):
             train(settings(store, tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_a_folder_is_made(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGES, "mlflow", ["not_installed_anywhere"])
+    with pytest.raises(UserError, match="needs the `mlflow` extra"):
+        train(settings(store, tmp_path / "run", "loop.trackers=mlflow"))
     assert not (tmp_path / "run").exists()
 
 

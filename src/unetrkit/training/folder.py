@@ -25,6 +25,7 @@ from unetrkit.training.learner import build_learner, device_of, take_step
 from unetrkit.training.log import duration, say
 from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.trackers import require_packages
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.sharding", "loop.workers", "loop.save_every", "loop.log_every"}
@@ -72,6 +73,7 @@ def carry_out(job: Job) -> State:
             if this_rank().world > 1 and job.loop.sharding == "full" and (out.parent / MARK).exists():
                 message = "`loop.sharding=full` writes checkpoints of many files, which are not sent to URLs"
                 raise UserError(message, hint="name a folder that all ranks see as `out`")
+            require_packages(job.loop.trackers)
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)

@@ -21,7 +21,6 @@ from unetrkit.errors import printable
 from unetrkit.ranks import this_rank
 
 PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
-
 DAY = 86400  # seconds
 
 

@@ -40,6 +40,15 @@ class Tracker(NamedTuple):
     lasting: bool = True
 
 
+def require_packages(names: Sequence[TrackerName]) -> None:
+    """Raises MissingExtra where a tracker's package is not installed."""
+    for asked in names:
+        served = asked == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ
+        # mlflow-skinny, which Azure ML's jobs have, writes to a server alone and needs no database
+        if not all(find_spec(package) for package in PACKAGES[asked][: 1 if served else None]):
+            raise MissingExtra(f"`loop.trackers`: {asked}", asked)
+
+
 @contextmanager
 def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
     """A function that sends a record to each tracker, `loss` of a training record as `training/loss`.
@@ -48,13 +57,8 @@ def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
     server. A run that goes on appends to the same run of the tracker; what metrics.jsonl holds and the
     tracker does not is sent first, and records that are repeated are not sent again: steps never go back.
     A tracker that fails is warned of once and left alone: training goes on. Only the process of rank 0 sends.
-    Raises MissingExtra where a package is not installed.
     """
-    for asked in names:
-        served = asked == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ
-        # mlflow-skinny, which Azure ML's jobs have, writes to a server alone and needs no database
-        if not all(find_spec(package) for package in PACKAGES[asked][: 1 if served else None]):
-            raise MissingExtra(f"`loop.trackers`: {asked}", asked)
+    require_packages(names)
     wanted: list[str] = list(dict.fromkeys(names)) if os.environ.get("RANK", "0") == "0" else []
     saved = _read(folder / RECORD)
     sent: dict[str, dict[str, Any]] = {name: saved.setdefault(name, {}).copy() for name in wanted}
