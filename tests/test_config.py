@@ -123,6 +123,13 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     assert found.value.hint == "write `data=…`"
 
 
+def test_a_file_that_lacks_a_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yaml`: `data` is not given"):
+        load(tmp_path, "")
+    with pytest.raises(UserError, match=r"^`data` is not given"):
+        load(tmp_path, "", "network=unetr")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -39,7 +39,8 @@ def load_recipe(settings: type[S], recipe: str | Path, overrides: Sequence[str] 
         if name in values and name not in settings.model_fields:
             message = f"`{recipe}` is a recipe of `unetrkit {command}`"
             raise UserError(message, hint=f"`unetrkit {command} {recipe} …`")
-    return settings_from(settings, overridden(values, overrides))
+    source = f"`{recipe}`" if isinstance(recipe, Path) and not overrides else ""  # else words may lack it
+    return settings_from(settings, overridden(values, overrides), source)
 
 
 def listed(value: object) -> object:
@@ -145,14 +146,14 @@ def to_yaml(settings: Settings) -> str:
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted names and values.
+    """Dotted names and values; of an empty mapping there are none.
 
-    >>> flatten({"optim": {"lr": 0.1}, "fold": 2})
+    >>> flatten({"optim": {"lr": 0.1}, "fold": 2, "network_options": {}})
     {'optim.lr': 0.1, 'fold': 2}
     """
     flat: dict[str, object] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -6,11 +6,12 @@ import hashlib
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from unetrkit.data.files import atomic_write, read_json, sha256_file
+from unetrkit.data.files import atomic_write, read_json, read_start, remove, sha256_file
 from unetrkit.errors import UserError
 
 
@@ -86,6 +87,24 @@ def test_read_json_says_what_is_wrong_and_where(tmp_path: Path, content: bytes, 
     with pytest.raises(UserError, match=words) as caught:
         read_json(tmp_path / "a.json")
     assert str(tmp_path / "a.json") in caught.value.message
+
+
+@pytest.mark.parametrize("read", [sha256_file, read_json, lambda path: read_start(path, -1)])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        read(tmp_path / "pipe")
+
+
+def test_a_link_to_a_folder_is_removed_and_not_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").exists()
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_read_json_of_a_folder_or_of_nothing_is_a_user_error(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         ),
         ("file:///tmp/a", "file:///tmp/a"),
         ("memory://a/", "memory://a"),
+        ("S3://Bucket/a", "s3://Bucket/a"),
+        ("sftp://me@host/a", "sftp://me@host/a"),
         ("/tmp/a", None),
         ("runs/s3:b", None),
         ("C:/data", None),
@@ -46,12 +48,26 @@ def test_a_url_is_told_from_a_path(written: str, url: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://me:secret@host/a", "https://host/a?sig=secret", "sftp://me:secret@host"]
+    "url",
+    [
+        "s3://me:secret@host/a",
+        "S3://me:secret@host/a",
+        "https://host/a?sig=secret",
+        "https://secret@host/a",
+        "sftp://me:secret@host",
+        "s3://a\nb?sig=secret",
+    ],
 )
 def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(UserError, match="holds a password or a key") as caught:
         url_of(Path(url))
     assert "secret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize("url", ["s3://", "S3:", "file:///", "file:///tmp/a/../../etc/x", "s3://a/.."])
+def test_a_url_of_nothing_or_out_of_its_folder_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="is no place"):
+        url_of(Path(url))
 
 
 class Places(Settings):
@@ -64,6 +80,14 @@ def test_settings_keep_a_url_as_it_was_written() -> None:
     assert to_yaml(settings) == "data: s3://bucket/store\nout: runs/a\n"
     assert placed(settings.data) == settings.data and spelt(settings.data) == "s3://bucket/store"
     assert settings.out is not None and placed(settings.out) == Path.cwd() / "runs/a"
+
+
+@pytest.mark.parametrize(("name", "message"), [("n" * 300, "File name too long"), ("a\0b", "null byte")])
+def test_what_no_path_can_be_is_said(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        placed(tmp_path / name)
+    (tmp_path / "file").touch()
+    assert placed(tmp_path / "file" / "in") == tmp_path / "file" / "in"
 
 
 def test_what_is_put_is_listed_and_got_until_it_changes(elsewhere: Path, tmp_path: Path) -> None:

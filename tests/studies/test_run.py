@@ -22,7 +22,7 @@ from unetrkit.deployment.slurm import stages
 from unetrkit.errors import Interrupted, UserError
 from unetrkit.inference.model import load_model
 from unetrkit.inference.predict import PredictSettings
-from unetrkit.studies import run
+from unetrkit.studies import cells, run
 from unetrkit.studies.cells import make, scores_of
 from unetrkit.studies.design import ARCHITECTURE, AUGMENTATION, Study, design, read_settings
 from unetrkit.studies.run import commands, open_study, run_study, unfinished
@@ -78,6 +78,13 @@ def test_scores_are_the_dice_of_the_last_step_s_model_on_every_case(whole, store
     lines = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
     assert scores.training_loss == [one["loss"] for one in lines if one["event"] == "training"][-1]
     assert not (cell.folder / "last").exists()  # checkpoints of a large network would fill the disk
+
+
+def test_a_checkpoint_that_is_a_folder_is_removed_too(whole, monkeypatch):
+    cell = whole.cells[2]
+    monkeypatch.setattr(cells, "train", lambda settings: (cell.folder / "last").mkdir())
+    make(cell, whole.validation)
+    assert not (cell.folder / "last").exists()
 
 
 def test_the_table_is_that_of_the_originals_with_intervals(whole):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import resource
 from collections.abc import Iterator
@@ -68,8 +69,9 @@ def test_a_torn_last_falls_back_to_the_previous_with_a_notice(tmp_path: Path) ->
     (tmp_path / "last").unlink()
     assert load_last(tmp_path, refuse_to_warn)["step"] == 2
     (tmp_path / "previous").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint") as caught:
         load_last(tmp_path, said.append)
+    assert "a backup" in caught.value.hint
 
 
 class Canary:
@@ -115,3 +117,40 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_good_ones(tmp_path: Path) -> 
     with files_up_to(100_000), pytest.raises(UserError, match="cannot write"):
         save_last(tmp_path, state(3, size=100_000))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+PARTS = {"a.safetensors": hashlib.sha256(b"a").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        None,
+        [1, 2],
+        {},
+        PARTS | {"b.safetensors": "0"},
+        {"../a": PARTS["a.safetensors"]},
+        {"a.safetensors": 0},
+    ],
+)
+def test_a_folder_whose_parts_are_not_those_it_names_is_damaged(tmp_path: Path, shards: object) -> None:
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "a.safetensors").write_bytes(b"a")
+    (tmp_path / "a").write_bytes(b"a")
+    save(tmp_path / "last" / "state", state(3) | {"shards": PARTS})
+    assert load(tmp_path / "last")["step"] == 3
+    save(tmp_path / "last" / "state", state(3) | ({} if shards is None else {"shards": shards}))
+    with pytest.raises(UserError, match=r"/last` is damaged"):
+        load(tmp_path / "last")
+    save(tmp_path / "previous", state(2))
+    warned: list[str] = []
+    assert load_last(tmp_path, warned.append)["step"] == 2 and "is damaged" in warned[0]
+
+
+def test_a_pipe_and_what_is_no_state_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        load(tmp_path / "last")
+    save(tmp_path / "list", [1])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="holds more than"):
+        load(tmp_path / "list")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 
 from unetrkit.errors import UserError
 from unetrkit.training.log import Metrics, Progress
+from unetrkit.training.trackers import _records
 
 
 def records(path: Path) -> list[dict]:
@@ -48,6 +51,17 @@ def test_a_damaged_log_is_said_and_kept_with_its_whole_records(
     assert [record["step"] for record in records(path)] == [1, 3]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
     assert "is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("make", "message"), [(os.mkfifo, "is a pipe"), (os.mkdir, "is a folder")])
+def test_a_log_that_is_no_file_is_a_user_error(
+    tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=message):
+        Metrics(tmp_path / "metrics.jsonl", {})
+    with pytest.raises(UserError, match=message):
+        list(_records(tmp_path / "metrics.jsonl"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -113,6 +113,35 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("[lb]*st")} == times
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learner": {}},
+        {"learner": []},
+        {"state": {"x": 1}},
+        {"state": None},
+        {"state": {"step": "a"}},
+        {"state": {"step": -5}},
+        {"state": {"step": 21}},
+        {"state": {"step": 2, "sums": [1]}},
+        {"log": {}},
+        {"log": None},
+        {"learner": {"objective": {"network.0.weight": torch.zeros(1)}}},
+    ],
+    ids=str,
+)
+def test_a_whole_checkpoint_that_is_not_of_the_run_is_said_and_stays(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run(tmp_path, loop())
+    last = tmp_path / "last"
+    checkpoint.save(last, checkpoint.load(last) | changes)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is not of this run"):
+        run(tmp_path, loop())
+    assert contents(tmp_path) == before
+
+
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
     def kill() -> None:
         raise OSError

@@ -33,6 +33,7 @@ from unetrkit.training.folder import LOCK
 from unetrkit.training.guards import space_of
 from unetrkit.training.learner import build_learner
 from unetrkit.training.run import Patches, TrainSettings, job_of, train
+from unetrkit.training.trackers import PACKAGES
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,7 @@ def test_a_damaged_model_of_a_finished_run_is_written_again(
         ("loop.steps=3", "holds a run of 4 steps, not of 3"),
         ("network=unetr", r"its `network` is \"swin_unetr_tiny\", not \"unetr\""),
         ("fold=1", "its `fold` is null, not 1"),
+        ("network_options={feature_size: 24}", r"its `network_options\.feature_size` is null, not 24"),
     ],
 )
 def test_another_run_s_folder_is_refused(store: Path, whole: Path, change: str, message: str) -> None:
@@ -214,6 +216,10 @@ def test_changed_data_is_refused(store: Path, whole: Path, tmp_path: Path) -> No
     (out / "run.json").write_text(json.dumps(record | {"sources": before}))
     with pytest.raises(UserError, match="has other images or labels than when the run in"):
         train(settings(store, out))
+    for other in ("[]", "null"):
+        (out / "run.json").write_text(other)
+        with pytest.raises(UserError, match=r"run\.json` is not what a run wrote"):
+            train(settings(store, out))
     (out / "run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json`, which says what .* is missing"):
         train(settings(store, out))
@@ -247,6 +253,15 @@ def test_wrong_settings_are_found_before_a_folder_is_made(store: Path, tmp_path:
     ):
         with pytest.raises(UserError, match=message):
             train(settings(store, tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_a_folder_is_made(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGES, "mlflow", ["not_installed_anywhere"])
+    with pytest.raises(UserError, match="needs the `mlflow` extra"):
+        train(settings(store, tmp_path / "run", "loop.trackers=mlflow"))
     assert not (tmp_path / "run").exists()
 
 

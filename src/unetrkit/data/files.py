@@ -63,8 +63,8 @@ def put_in_place(new: Path, path: Path, aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all that is in it, or nothing where there is none."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Removes a file, a link, a folder with all that is in it, or nothing where there is none."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -81,8 +81,9 @@ def write_problems(path: Path) -> Iterator[None]:
 
 @contextmanager
 def read_problems(path: Path) -> Iterator[None]:
-    """Turns what the operating system says about reading `path` into a UserError."""
+    """Turns what the operating system says about reading `path`, or a pipe, into a UserError."""
     try:
+        refuse_pipe(path)
         yield
     except FileNotFoundError as error:
         raise UserError(f"there is no file `{path}`", hint=_where_instead(path)) from error
@@ -135,11 +136,9 @@ def sha256_file(path: Path) -> str:
 
 
 def read_start(path: Path, size: int) -> bytes:
-    """At most `size` bytes of a file. Raises UserError where it cannot be read, or is a pipe or a device."""
-    with read_problems(path):
-        refuse_pipe(path)
-        with open(path, "rb") as file:
-            return file.read(size)
+    """At most `size` bytes of a file, all for -1. Raises UserError for what cannot be read, or is a pipe."""
+    with read_problems(path), open(path, "rb") as file:
+        return file.read(size)
 
 
 def read_json(path: Path) -> object:

@@ -5,15 +5,16 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainSerializer
 
-from unetrkit.data.files import write_problems
+from unetrkit.data.files import read_problems, write_problems
 from unetrkit.errors import MissingExtra, UserError
 
-URL = re.compile(r"([a-z][a-z0-9+.-]+):/(.+)")  # not C:/
+URL = re.compile(r"(?s)([A-Za-z][A-Za-z0-9+.-]+):(?:/(.*))?")  # not C:/; of `s3://` Path keeps `s3:`
 WAITS = (1.0, 5.0)  # seconds before the second try and before the third, which is the last
 # where an upload that is cut off leaves the object of before; elsewhere a rename does that
 WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
@@ -24,7 +25,8 @@ Found = TypeVar("Found")
 def url_of(path: Path) -> str | None:
     """The URL that a user wrote, of which `Path` keeps one slash; None for a local path.
 
-    Raises UserError for one with a password or a key in it: it would be written to config.yaml.
+    Raises UserError for one with a password or a key in it, which would be written to config.yaml, and for
+    one that names nothing or leaves its folder.
 
     >>> url_of(Path("s3://bucket/store")), url_of(Path("file:///data/store")), url_of(Path("data/store"))
     ('s3://bucket/store', 'file:///data/store', None)
@@ -32,12 +34,15 @@ def url_of(path: Path) -> str | None:
     found = URL.fullmatch(path.as_posix())
     if not found:
         return None
-    protocol, rest = found.groups()
-    if re.match(r"[^/]*:[^/]*@|.*[?&]", rest):
+    protocol, rest = found[1].lower(), found[2] or ""
+    secret = "[^/]*@" if protocol in ("http", "https") else "[^/]*:[^/]*@"  # sftp and abfs have names there
+    if re.match(f"(?s){secret}|.*[?&]", rest):
         raise UserError(
             f"the `{protocol}://` URL holds a password or a key",
             hint="leave it out: credentials come from the environment, as for the store's own tools",
         )
+    if not rest or ".." in rest.split("/"):
+        raise UserError(f"`{protocol}://{rest}` is no place", hint="write `s3://bucket/folder`, without `..`")
     return f"{protocol}://{'/' * (protocol in ('file', 'local'))}{rest}"
 
 
@@ -47,8 +52,15 @@ def spelt(path: Path) -> str:
 
 
 def placed(path: Path) -> Path:
-    """The same from any folder; a URL is that already."""
-    return path if url_of(path) else path.resolve()
+    """The same from any folder; a URL is that already. Raises UserError for what no path can be."""
+    if url_of(path):
+        return path
+    try:
+        with read_problems(path), suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+        return path.resolve()
+    except ValueError as error:
+        raise UserError(f"`{path}` is no path: {error}", hint="write another path") from error
 
 
 # of settings: a local path, or a URL

@@ -1,6 +1,6 @@
 """What every format gives: a checked header, and voxels read when asked for, from checked streams."""
 
-import stat
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,14 +78,13 @@ def not_an_image(path: Path, start: bytes, expected: str) -> UserError:
 
 def file_size(path: Path) -> int:
     """Bytes of a regular file; raises UserError for anything else (a pipe or a device may never end)."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise refused(path, "is not a regular file", "give an image file, or the folder of one DICOM series")
     with read_problems(path):
         try:
-            status = path.stat()
+            return path.stat().st_size
         except ValueError as error:  # a NUL in the name
             raise UserError(f"{str(path)!r} is not a file name", hint="correct the path") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise refused(path, "is not a regular file", "give an image file, or the folder of one DICOM series")
-    return status.st_size
 
 
 def checked_header(

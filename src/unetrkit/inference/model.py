@@ -111,7 +111,9 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], describe: Callable
     """
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not found <= set(FILES) or folder.is_file():
-        raise UserError(f"`{folder}` is not a model, so it is not replaced", hint="choose another folder")
+        raise UserError(
+            f"`{folder}` is not a model, so it is not replaced", hint="remove it, or choose another folder"
+        )
     # clones: safetensors refuses tensors that share memory (tied weights, views)
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unetrkit.data.files import atomic_write, read_json
+from unetrkit.data.files import atomic_write, read_json, remove
 from unetrkit.data.store import StoredCase
 from unetrkit.errors import UserError
 from unetrkit.inference.model import load_model
@@ -58,7 +58,7 @@ def make(cell: Cell, cases: Sequence[StoredCase]) -> None:
     }
     atomic_write(cell.folder / SCORES, json.dumps(scores, indent=1, ensure_ascii=False).encode())
     for name in ("last", "previous", "best"):
-        (cell.folder / name).unlink(missing_ok=True)
+        remove(cell.folder / name)
 
 
 def scores_of(cell: Cell, cases: Sequence[StoredCase]) -> Scores | None:

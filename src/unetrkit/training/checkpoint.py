@@ -21,7 +21,7 @@ from unetrkit.errors import UserError
 
 FORMAT = "unetrkit checkpoint 2"
 HEADER = 256  # bytes, padded with spaces
-ANOTHER_RUN = "start again in another folder, with `out=…`"
+ANOTHER_RUN = "restore it from a backup, or start again in another folder, with `out=…`"
 
 
 def save(path: Path, state: Mapping[str, object]) -> None:
@@ -52,9 +52,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         state = load(path / "state") | {"folder": str(path)}
-        for name, digest in state["shards"].items():
-            if sha256_file(path / name) != digest:
-                raise UserError(f"`{path / name}` is damaged", hint=ANOTHER_RUN)
+        # all that FSDP's reader would find there, and nothing elsewhere
+        if state.get("shards") != {file.name: sha256_file(file) for file in path.glob("*.safetensors")}:
+            raise UserError(f"`{path}` is damaged", hint=ANOTHER_RUN)
         return state
     with read_problems(path), open(path, "rb") as file:
         header = file.read(HEADER)
@@ -64,7 +64,7 @@ def load(path: Path) -> dict[str, Any]:
     if header != _header(content):
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return {**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)}
     except Exception as error:  # what a foreign pickle makes go wrong: struct.error, EOFError, …
         raise UserError(f"`{path}` holds more than tensors and numbers", hint=ANOTHER_RUN) from error
 

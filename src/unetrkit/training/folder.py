@@ -25,6 +25,7 @@ from unetrkit.training.learner import build_learner, device_of, take_step
 from unetrkit.training.log import duration, say
 from unetrkit.training.loop import Batches, LoopSettings, State, Validate, fit
 from unetrkit.training.optim import OptimSettings, learning_rate
+from unetrkit.training.trackers import require_packages
 
 # what may change when a run goes on: where things are and how fast, not what is computed
 FREE = {"data", "out", "loop.device", "loop.sharding", "loop.workers", "loop.save_every", "loop.log_every"}
@@ -72,6 +73,7 @@ def carry_out(job: Job) -> State:
             if this_rank().world > 1 and job.loop.sharding == "full" and (out.parent / MARK).exists():
                 message = "`loop.sharding=full` writes checkpoints of many files, which are not sent to URLs"
                 raise UserError(message, hint="name a folder that all ranks see as `out`")
+            require_packages(job.loop.trackers)
             _make_folder(out)
             stack.enter_context(alone(out / LOCK, f"another process is training in `{out}`"))
             _open(out, job)
@@ -148,9 +150,11 @@ def _open(out: Path, job: Job) -> None:
                 f"`{record}`, which says what the run was trained on, is missing",
                 hint="restore it, or begin a new run with another `out`",
             )
-        began = read_json(record) if record.exists() else job.made_of
+        began = read_json(record) if record.exists() else {**job.made_of}
+        if not isinstance(began, dict):
+            raise UserError(f"`{record}` is not what a run wrote", hint="restore it, or name another `out`")
         for name, value in json.loads(json.dumps({**job.made_of})).items():
-            if not isinstance(began, dict) or began.get(name) != value:
+            if began.get(name) != value:
                 what = {"plan": "another plan", "sources": "other images or labels"}.get(name)
                 message = f"the data has {what or f'other {name} cases'} than when the run in `{out}` began"
                 if name == "init":

@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from unetrkit.data.files import atomic_write, write_problems
+from unetrkit.data.files import atomic_write, read_start, write_problems
 from unetrkit.errors import printable
 from unetrkit.ranks import this_rank
 
 PLAIN_SECONDS = 30  # between two lines where stderr is not a terminal
-
 DAY = 86400  # seconds
 
 
@@ -45,7 +44,7 @@ class Metrics:
         self._file: BufferedWriter | None = None
         if not this_rank().first:
             return
-        content = path.read_bytes() if path.exists() else b""
+        content = read_start(path, -1) if path.exists() else b""
         kept = content[: mark["bytes"]] if mark else b""
         if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
             if content:

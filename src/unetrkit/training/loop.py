@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from unetrkit.config import Settings
 from unetrkit.errors import Interrupted, UserError, many
@@ -79,7 +81,7 @@ class Batches(Protocol):
     def cases(self, number: int) -> Sequence[str]: ...
 
 
-@dataclass
+@checked(config={"extra": "forbid"})
 class State:
     """What a run knows of itself besides its tensors; saved in every checkpoint."""
 
@@ -271,12 +273,20 @@ class Course:
         saved = checkpoint.load_last(self.folder, warn=say)
         if saved is None:
             return None
-        self.learner.load_state_dict(saved)
-        self.state = State(**saved["state"])
+        try:
+            state = State(**saved["state"])
+            if state.step not in range(self.settings.steps + 1):
+                raise ValueError(f"step {state.step} of {self.settings.steps}")
+            mark = {"bytes": int(saved["log"]["bytes"]), "sha256": str(saved["log"]["sha256"])}
+            self.learner.load_state_dict(saved)
+        except (Exception, CheckpointException) as error:  # whatever foreign values make go wrong
+            why = f"the checkpoint in `{self.folder}` is not of this run: {type(error).__name__} {error}"
+            raise UserError(why.splitlines()[0], hint=checkpoint.ANOTHER_RUN) from error
+        self.state = state
         before, now = saved.get("ranks", 1), this_rank().world
         if before != now:
             say(f"the checkpoint is of {many(before, 'rank')}, not of {now}: no longer bitwise the same")
-        return dict(saved["log"])
+        return mark
 
     def metrics(self, mark: dict[str, Any] | None, mirror: Mirror) -> Metrics:
         """The log, as far as the checkpoint knows it."""

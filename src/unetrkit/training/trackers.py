@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from unetrkit.config import flatten, listed, read_recipe
-from unetrkit.data.files import atomic_write
+from unetrkit.data.files import atomic_write, read_start
 from unetrkit.errors import MissingExtra
 from unetrkit.training.log import say
 
@@ -40,6 +40,15 @@ class Tracker(NamedTuple):
     lasting: bool = True
 
 
+def require_packages(names: Sequence[TrackerName]) -> None:
+    """Raises MissingExtra where a tracker's package is not installed."""
+    for asked in names:
+        served = asked == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ
+        # mlflow-skinny, which Azure ML's jobs have, writes to a server alone and needs no database
+        if not all(find_spec(package) for package in PACKAGES[asked][: 1 if served else None]):
+            raise MissingExtra(f"`loop.trackers`: {asked}", asked)
+
+
 @contextmanager
 def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
     """A function that sends a record to each tracker, `loss` of a training record as `training/loss`.
@@ -48,13 +57,8 @@ def mirrored(names: Sequence[TrackerName], folder: Path) -> Iterator[Mirror]:
     server. A run that goes on appends to the same run of the tracker; what metrics.jsonl holds and the
     tracker does not is sent first, and records that are repeated are not sent again: steps never go back.
     A tracker that fails is warned of once and left alone: training goes on. Only the process of rank 0 sends.
-    Raises MissingExtra where a package is not installed.
     """
-    for asked in names:
-        served = asked == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ
-        # mlflow-skinny, which Azure ML's jobs have, writes to a server alone and needs no database
-        if not all(find_spec(package) for package in PACKAGES[asked][: 1 if served else None]):
-            raise MissingExtra(f"`loop.trackers`: {asked}", asked)
+    require_packages(names)
     wanted: list[str] = list(dict.fromkeys(names)) if os.environ.get("RANK", "0") == "0" else []
     saved = _read(folder / RECORD)
     sent: dict[str, dict[str, Any]] = {name: saved.setdefault(name, {}).copy() for name in wanted}
@@ -180,7 +184,7 @@ def _settings(folder: Path) -> dict[str, object]:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Those of a run that goes on, up to a torn or a damaged line, which `Metrics` sees to."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    for line in read_start(path, -1).splitlines(keepends=True) if path.exists() else ():
         try:
             record = json.loads(line)
             known = line.endswith(b"\n") and {"step", "event"} <= record.keys()
