@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from dataclasses import dataclass
 
 
@@ -19,6 +20,7 @@ class Rank:
 
 
 ALONE = Rank(0, 1)
+PATIENCE = 2.0  # seconds for which a message waits for the other ranks to find the same
 
 
 def this_rank() -> Rank:
@@ -43,6 +45,12 @@ def first_to_say(text: str) -> bool:
     try:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=10))
-        return bool(store.add(key, 1) == 1)
+        first = bool(store.add(key, 1) == 1)
+        # where this process holds the store, and not torchrun, it ends with it: the others ask before
+        if this_rank().first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            until = time.monotonic() + PATIENCE
+            while store.add(key, 0) < this_rank().world and time.monotonic() < until:
+                time.sleep(0.02)
+        return first
     except (KeyError, ValueError, RuntimeError):  # no store any more: better twice than never
         return True

@@ -78,7 +78,7 @@ def test_workers_change_nothing(store, threads):
     alone = run(store, 12, batch_size=2)
     assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
-    same(alone, run(store, 12, batch_size=2, workers=2))
+    same(alone, run(store, 12, batch_size=2, workers=4))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -64,9 +64,12 @@ def load(path: Path) -> dict[str, Any]:
     if header != _header(content):
         raise UserError(f"`{path}` is damaged: its content does not match its checksum", hint=ANOTHER_RUN)
     try:
-        return {**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)}
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # what a foreign pickle makes go wrong: struct.error, EOFError, …
         raise UserError(f"`{path}` holds more than tensors and numbers", hint=ANOTHER_RUN) from error
+    if not isinstance(state, dict):
+        raise UserError(f"`{path}` is not the checkpoint of a run", hint=ANOTHER_RUN)
+    return state
 
 
 def _canonical(value: object) -> object:
