@@ -71,6 +71,7 @@ def test_flipped_image_keeps_its_labels_and_its_sides(store):
         assert torch.equal(exchanged[shown.int()], batch["label"])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workers_change_nothing(store, threads):
     before = torch.get_num_threads()

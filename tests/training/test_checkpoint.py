@@ -152,5 +152,5 @@ def test_a_pipe_and_what_is_no_state_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pipe or a device"):
         load(tmp_path / "last")
     save(tmp_path / "list", [1])  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="holds more than"):
+    with pytest.raises(UserError, match="is not the checkpoint of a run"):
         load(tmp_path / "list")

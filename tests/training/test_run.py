@@ -127,6 +127,7 @@ def test_a_network_that_sees_patches_enlarged_is_validated_and_predicts_at_that_
     assert np.mean(found == expected) > 0.999 and len(np.unique(expected)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 @pytest.mark.parametrize("more", [["loop.workers=4"], ["loop.amp=bf16"]], ids=["workers", "bf16"])
 def test_a_run_goes_on_bitwise_where_the_same_command_stopped(
     store: Path, whole: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
