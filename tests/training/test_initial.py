@@ -296,6 +296,10 @@ def test_a_run_without_a_model_yet_names_its_checkpoint(tuned: Path, tmp_path: P
     with pytest.raises(UserError, match="has no model yet") as refusal:
         open_initial(tmp_path)
     assert f"`{tmp_path / 'last'}`" in refusal.value.hint
+    (tmp_path / "last").unlink()
+    (tmp_path / "last").mkdir()  # of a sharded run
+    with pytest.raises(UserError, match="has no model yet"):
+        open_initial(tmp_path)
 
 
 def test_a_size_that_was_named_tells_how_positions_lie(store: Path, tmp_path: Path) -> None:  # noqa: F811

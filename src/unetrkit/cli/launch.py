@@ -127,7 +127,8 @@ def ray(
 
     Example: unetrkit launch ray --workers 4 -- train swin_unetr_base data=store out=run
     """
-    from unetrkit.deployment.ray_training import read, run, trainer
+    from unetrkit.deployment.ray_training import run, trainer
+    from unetrkit.deployment.training import read
 
     if dry_run:
         read(words)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from unetrkit.config import Settings, recipes
-from unetrkit.deployment.ray_training import read
+from unetrkit.deployment.training import KINDS, read
 from unetrkit.errors import MissingExtra, UserError, nearest
 from unetrkit.fetch.catalogue import published
 
@@ -53,7 +53,7 @@ def pipeline(settings: AzureSettings, words: Sequence[str]) -> Any:
     Raises UserError without azure-ai-ml, for words that do not train, and for a pipeline that it finds wrong.
     """
     ml = _azure()
-    if words[0] not in ("train", "pretrain") or any(word.startswith(("data=", "out=")) for word in words):
+    if words[0] not in KINDS or any(word.startswith(("data=", "out=")) for word in words):
         hint = "as in `unetrkit launch azureml --config config.yaml -- train swin_unetr_base`"
         raise UserError("the pipeline trains, and sets `data` and `out` itself", hint=hint)
     if (settings.fetch is None) == (settings.data is None):

@@ -206,7 +206,7 @@ def _open(path: Path, trust: bool) -> Weights:
     file = path / "state" if path.is_dir() else path
     if file.is_file() and read_start(file, 32).startswith(b'{"format": "unetrkit checkpoint'):
         return _checkpoint(path)
-    if (path / "last").is_file():
+    if (path / "last").exists():
         raise UserError(f"the run `{path}` has no model yet", hint=f"give its checkpoint, `{path / 'last'}`")
     return read_weights(path, trust=trust)
 
